@@ -1,0 +1,1120 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "filelock==4.2.11",
+#     "gymnasium[mujoco]==1.4.0",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+"""Soft actor-critic (SAC) for continuous control, and the variants of it that the field uses, in one file.
+
+Papers:
+    Haarnoja et al. 2018a, "Soft Actor-Critic: Off-Policy Maximum Entropy Deep Reinforcement Learning with a
+        Stochastic Actor", arXiv:1801.01290 (state-value network, fixed temperature)
+    Haarnoja et al. 2018b, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (the default here)
+
+Example:
+    python sac_continuous.py --env-id HalfCheetah-v4 --temperature 0.2
+
+Writes a run folder, runs/ENV__EXP__SEED__TIME by default: args.json (settings), progress.csv (a row per evaluation),
+events.out.tfevents.* (TensorBoard), policy.pt (the policy alone) and checkpoint.pt (all that --resume needs).
+"""
+
+import copy
+import csv
+import dataclasses
+import difflib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import filelock
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v4"
+    """Gymnasium environment: flat Box observations, bounded Box actions"""
+    env_kwargs: str = "{}"
+    """JSON for gym.make, as '{"use_contact_forces": true}' for Ant-v4"""
+    max_episode_steps: int | None = None
+    """replaces the environment's own limit"""
+    seed: int = 1
+    """seeds everything; the same seed on the same machine gives the same bytes"""
+    exp_name: str = "sac_continuous"
+    """name of the experiment, part of the run folder's name"""
+    run_dir: str | None = None
+    """run folder (default: runs/ENV__EXP__SEED__TIME)"""
+    resume: str | None = None
+    """run folder of a stopped run: continue it as if it had never stopped"""
+    evaluate: str | None = None
+    """no training: evaluate this policy file or run folder and print its return"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    torch_threads: int = 0
+    """CPU threads for PyTorch; 0 leaves its default"""
+
+    total_steps: int = 1_000_000
+    """environment steps"""
+    random_steps: int = 5_000
+    """uniform random actions at the start"""
+    learning_starts: int = 5_000
+    """first step with an update"""
+    batch_size: int = 256
+    """transitions in a batch"""
+    buffer_size: int = 1_000_000
+    """transitions the replay buffer holds"""
+    gamma: float = 0.99
+    """discount factor"""
+    actor_lr: float = 3e-4
+    """Adam's learning rate for the actor"""
+    critic_lr: float = 3e-4
+    """Adam's learning rate for the critics and the value network"""
+    temperature_lr: float = 3e-4
+    """Adam's learning rate for the learned temperature"""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """linear: every learning rate falls to zero at total-steps"""
+
+    temperature: float | Literal["auto"] = "auto"
+    """weight of the entropy: auto (learned) or a fixed number; 0: no entropy bonus anywhere"""
+    target_entropy: float | Literal["auto"] = "auto"
+    """entropy in nats that the learned temperature aims at; auto: -dim(A)"""
+    backup_entropy: bool = True
+    """the entropy bonus in the critics' target"""
+    actor_gradient: Literal["reparametrize", "reinforce"] = "reparametrize"
+    """estimator of the actor's gradient"""
+    num_actor_samples: int = 1
+    """actions sampled per state in the actor's loss"""
+    num_critics: int = 2
+    """critics in the ensemble"""
+    critic_backup: Literal["min", "mean", "double-q", "redq", "value"] = "min"
+    """how the target critics' values become one; value: a state-value network instead"""
+    num_critic_updates: int = 1
+    """critic updates, each on a fresh batch, before each actor update"""
+    tau: float = 0.005
+    """targets move by target <- (1 - tau) target + tau online"""
+    target_update_period: int = 1
+    """critic updates between two such moves; hard updates: --tau 1 and 1000 here"""
+
+    hidden_size: int = 256
+    """units of a hidden layer"""
+    num_layers: int = 2
+    """hidden layers"""
+    activation: Literal["relu", "tanh", "leaky-relu", "selu", "silu"] = "relu"
+    """non-linearity of the hidden layers"""
+    actor_std: Literal["state", "shared"] | float = "state"
+    """standard deviation: an output of the network, a parameter per dimension, or a fixed number"""
+    squash: bool = True
+    """tanh-squashed Gaussian; otherwise a Gaussian whose actions the environment clips"""
+
+    eval_every: int = 5_000
+    """steps between evaluations; the last step is always evaluated"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+    log_every: int = 100
+    """steps between TensorBoard points"""
+    checkpoint_every: int = 10_000
+    """steps between checkpoints; the last step always has one"""
+
+
+# What --resume may change, and what --evaluate listens to.
+RESUME_MAY_CHANGE = {"resume", "eval_every", "eval_episodes", "total_steps", "device", "torch_threads"}
+EVALUATE_USES = {"evaluate", "env_id", "env_kwargs", "max_episode_steps", "eval_episodes", "device", "torch_threads"}
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that says what is wrong, where, and what to do. Exit code 2."""
+
+
+class RunError(Exception):
+    """Training could not go on (a full disk, a loss that became NaN). Exit code 1."""
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_args(args: Args) -> None:
+    """Raises UserError for numbers out of range and for settings that contradict each other."""
+    at_least_one = "total_steps batch_size buffer_size num_actor_samples num_critics num_critic_updates hidden_size"
+    at_least_one += " target_update_period num_layers eval_every eval_episodes log_every checkpoint_every"
+    for name in at_least_one.split():
+        if not getattr(args, name) >= 1:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: must be at least 1")
+    for name in ("seed", "random_steps", "learning_starts", "torch_threads"):
+        if not 0 <= getattr(args, name) < 2**63:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: must be 0 or more")
+    for name in ("actor_lr", "critic_lr", "temperature_lr", "actor_std"):
+        value = getattr(args, name)
+        if not isinstance(value, str) and not 0 < value < math.inf:
+            raise UserError(f"{flag(name)} {value}: must be above 0 and finite")
+    if not 0 <= args.gamma <= 1:
+        raise UserError(f"--gamma {args.gamma}: must be between 0 and 1")
+    if not 0 < args.tau <= 1:
+        raise UserError(f"--tau {args.tau}: must be above 0 and at most 1")
+    if args.temperature != "auto" and not 0 <= args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature}: must be auto, or 0 or more and finite")
+    if args.target_entropy != "auto" and not math.isfinite(args.target_entropy):
+        raise UserError(f"--target-entropy {args.target_entropy}: must be auto or a finite number")
+    if args.max_episode_steps is not None and args.max_episode_steps < 1:
+        raise UserError(f"--max-episode-steps {args.max_episode_steps}: must be at least 1")
+
+    fixed_temperature = args.temperature != "auto"
+    constant_entropy = not args.squash and not isinstance(args.actor_std, str)
+    contradictions = [
+        ("learning_starts", "total_steps", args.learning_starts >= args.total_steps, "nothing would be learned"),
+        ("batch_size", "buffer_size", args.batch_size > args.buffer_size, "the buffer must hold a batch"),
+        (
+            "target_entropy",
+            "temperature",
+            fixed_temperature and args.target_entropy != "auto",
+            "only a learned one has a target",
+        ),
+        (
+            "temperature_lr",
+            "temperature",
+            fixed_temperature and args.temperature_lr != Args.temperature_lr,
+            "only a learned one has a rate",
+        ),
+        (
+            "backup_entropy",
+            "temperature",
+            args.temperature == 0 and not args.backup_entropy,
+            "temperature 0 has no entropy bonus to drop",
+        ),
+        (
+            "actor_std",
+            "temperature",
+            constant_entropy and not fixed_temperature,
+            "the entropy is constant, give a fixed temperature",
+        ),
+        (
+            "critic_backup",
+            "num_critics",
+            args.critic_backup == "double-q" and args.num_critics != 2,
+            "double-q takes exactly 2",
+        ),
+        (
+            "critic_backup",
+            "num_critics",
+            args.critic_backup == "redq" and args.num_critics < 2,
+            "redq takes at least 2",
+        ),
+    ]
+    for first, second, wrong, why in contradictions:
+        if wrong:
+            pair = (f"{flag(name)} {getattr(args, name)}" for name in (first, second))
+            raise UserError(f"{' and '.join(pair)} contradict each other: {why}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as checked settings. --resume starts from the saved ones, --evaluate from the policy's."""
+    args = tyro.cli(Args, args=argv, description="Soft actor-critic for continuous control.")
+    if args.resume and args.evaluate:
+        raise UserError("--resume and --evaluate contradict each other: give one of them")
+    if args.resume:
+        saved = read_args(Path(args.resume))
+        args = tyro.cli(Args, args=argv, default=dataclasses.replace(saved, resume=args.resume))
+        may_change = RESUME_MAY_CHANGE - ({"total_steps"} if saved.lr_schedule == "linear" else set())
+        differ = [
+            f"{flag(field.name)} {getattr(args, field.name)} (saved: {getattr(saved, field.name)})"
+            for field in dataclasses.fields(Args)
+            if field.name not in may_change and getattr(args, field.name) != getattr(saved, field.name)
+        ]
+        if differ:
+            raise UserError(
+                f"--resume {args.resume} contradicts the saved settings, leave these out: {', '.join(differ)}"
+            )
+    elif args.evaluate:
+        policy = load_policy(args.evaluate)
+        saved = {name: policy[name] for name in ("env_id", "env_kwargs", "max_episode_steps")}
+        args = tyro.cli(Args, args=argv, default=Args(**saved))
+        unused = [
+            flag(field.name)
+            for field in dataclasses.fields(Args)
+            if field.name not in EVALUATE_USES and getattr(args, field.name) != field.default
+        ]
+        if unused:
+            raise UserError(f"--evaluate trains nothing and contradicts {', '.join(unused)}: leave one side out")
+    check_args(args)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+
+def make_env(args: Args) -> gym.Env:
+    """The environment with actions in [-1, 1]^action_dim, rescaled to its own bounds. Raises UserError."""
+    import mujoco
+
+    # A user can act on neither: MuJoCo's remarks on Gymnasium's model files (which it also writes to MUJOCO_LOG.TXT)
+    # and Gymnasium's advice to take another version of the environment than the one asked for.
+    mujoco.set_mju_user_warning(lambda message: None)
+    gym.logger.min_level = gym.logger.ERROR
+
+    try:
+        kwargs = json.loads(args.env_kwargs)
+        if not isinstance(kwargs, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UserError(
+            f"--env-kwargs {args.env_kwargs}: must be a JSON object like '{{\"key\": 1}}' ({error})"
+        ) from None
+    try:
+        env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps, **kwargs)
+    except gym.error.UnregisteredEnv:
+        near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see gymnasium.registry for those there are"
+        raise UserError(f"--env-id {args.env_id}: no such environment; {hint}") from None
+    except Exception as error:  # an environment's constructor may raise anything
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--env-id {args.env_id}: cannot be made with --env-kwargs {args.env_kwargs}: {reason}"
+        ) from None
+
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        raise UserError(f"--env-id {args.env_id}: observations are {obs_space}; supported are flat Box observations")
+    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
+        raise UserError(f"--env-id {args.env_id}: actions are {action_space}; supported are flat bounded Box actions")
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return env if args.squash else gym.wrappers.ClipAction(env)
+
+
+class TrainingEnv:
+    """The environment in training, with what it takes to rebuild it in the middle of an episode.
+
+    No simulator state is saved: an episode is its generator's state before the reset and its actions, and playing
+    them again leads to the same place.
+    """
+
+    def __init__(self, args: Args):
+        self.env = make_env(args)
+        self.env.reset(seed=args.seed)
+        self.reset()
+
+    @property
+    def generator(self) -> np.random.BitGenerator:
+        return self.env.unwrapped.np_random.bit_generator
+
+    def reset(self) -> None:
+        self.generator_state = copy.deepcopy(self.generator.state)
+        self.actions = []
+        self.episode_return = 0.0
+        self.obs = np.asarray(self.env.reset()[0], dtype=np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        """Returns next_obs (obs_dim,), reward, terminated, truncated."""
+        next_obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.actions.append(action)
+        self.episode_return += float(reward)
+        self.obs = np.asarray(next_obs, dtype=np.float32)
+        return self.obs, float(reward), bool(terminated), bool(truncated)
+
+    def state_dict(self) -> dict:
+        return {
+            "generator_state": self.generator_state,
+            "actions": [torch.from_numpy(action) for action in self.actions],
+            "obs": torch.from_numpy(self.obs),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.state = state["generator_state"]
+        self.reset()
+        for action in state["actions"]:
+            self.step(action.numpy())
+        if not np.array_equal(self.obs, state["obs"].numpy()):
+            print(
+                "warning: the environment is not deterministic, so the run goes on with a new episode", file=sys.stderr
+            )
+            self.reset()
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "leaky-relu": nn.LeakyReLU, "selu": nn.SELU, "silu": nn.SiLU}
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+
+
+class Actor(nn.Module):
+    """Gaussian policy, squashed by tanh into [-1, 1]^action_dim unless told otherwise.
+
+    The log standard deviation is clamped to [-20, 2], as in the papers' own code.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden_size: int = 256,
+        num_layers: int = 2,
+        activation: str = "relu",
+        actor_std: str | float = "state",
+        squash: bool = True,
+    ):
+        super().__init__()
+        sizes = [obs_dim, *[hidden_size] * num_layers]
+        layers = []
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], action_dim * (2 if actor_std == "state" else 1)))
+        self.squash = squash
+        if actor_std == "shared":
+            self.log_std = nn.Parameter(torch.zeros(action_dim))
+        elif actor_std != "state":
+            self.register_buffer("log_std", torch.full((action_dim,), math.log(actor_std)))
+        self.std_from_net = actor_std == "state"
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """obs (batch, obs_dim) -> mean and log_std of the Gaussian before the tanh, each (batch, action_dim)."""
+        out = self.net(obs)
+        mean, log_std = out.chunk(2, dim=-1) if self.std_from_net else (out, self.log_std.expand_as(out))
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def to_action(self, u: torch.Tensor) -> torch.Tensor:
+        return u.tanh() if self.squash else u
+
+    def log_prob(self, u: torch.Tensor, noise: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+        """log pi(a|s) of the action a that u = mean + exp(log_std) noise becomes (2018b, eq. 26). Returns (batch,).
+
+        All arguments are (batch, action_dim). The tanh's log(1 - tanh(u)^2) is written as
+        2 (log 2 - u - softplus(-2 u)), which stays exact where tanh(u) rounds to 1.
+        """
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        if self.squash:
+            log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return log_prob.sum(-1)
+
+    def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reparametrised action (batch, action_dim) and its log-probability (batch,)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * noise
+        return self.to_action(u), self.log_prob(u, noise, log_std)
+
+    def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
+        """The deterministic policy that evaluations follow. Returns (batch, action_dim)."""
+        return self.to_action(self(obs)[0])
+
+
+class Ensemble(nn.Module):
+    """Networks of one shape side by side: layer weights are (num_members, fan_in, fan_out). One scalar output each."""
+
+    def __init__(self, num_members: int, in_dim: int, hidden_size: int, num_layers: int, activation: str):
+        super().__init__()
+        sizes = [in_dim, *[hidden_size] * num_layers, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            bound = fan_in**-0.5  # as nn.Linear
+            self.weights.append(torch.empty(num_members, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(num_members, 1, fan_out).uniform_(-bound, bound))
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs (batch, dim), concatenated: obs, action for Q(s, a), obs for V(s). Returns (num_members, batch)."""
+        x = torch.cat(inputs, dim=-1).expand(len(self.weights[0]), -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, self.activation(x) if i else x, weight)
+        return x.squeeze(-1)
+
+
+# -------------------------------------------------------------------------------------------------- replay buffer
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, a row each: obs, action, reward, next_obs, terminated, as float32.
+
+    Memory is taken as rows are filled.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = torch.empty(capacity, sum(self.sizes), device=device)
+        self.num_added = 0
+
+    def __len__(self) -> int:
+        return min(self.num_added, len(self.rows))
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool) -> None:
+        """A truncated episode is not terminated: its last state has a value, and the target bootstraps from it."""
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[self.num_added % len(self.rows)] = torch.from_numpy(row)
+        self.num_added += 1
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Uniform with replacement. Returns obs, action, reward (batch,), next_obs, terminated (batch,)."""
+        index = torch.randint(len(self), (batch_size,), generator=generator, device=self.rows.device)
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, index).split(self.sizes, dim=1)
+        return obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1)
+
+    def state_dict(self) -> dict:
+        # The view from NumPy has a storage of its own extent, so that only filled rows are saved, without a copy.
+        return {"rows": torch.from_numpy(self.rows[: len(self)].cpu().numpy()), "num_added": self.num_added}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows[: len(state["rows"])] = state["rows"]
+        self.num_added = state["num_added"]
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+# Pure functions of tensors. q: (num_critics, batch); log_prob, reward, terminated: (batch,).
+
+
+def backup(q: torch.Tensor, kind: str, subset: torch.Tensor | None = None) -> torch.Tensor:
+    """What the target critics' values become: (num_critics, batch) -> (num_critics or 1, batch), a row per critic."""
+    if kind == "mean":
+        return q.mean(0, keepdim=True)
+    if kind == "double-q":  # each critic's target is the other's (van Hasselt 2010)
+        return q.flip(0)
+    if kind == "redq":  # min over a random pair (Chen et al. 2021, algorithm 1)
+        q = q[subset]
+    return q.min(0, keepdim=True).values  # clipped double Q over all (Fujimoto et al. 2018)
+
+
+def actor_objective(q: torch.Tensor, kind: str) -> torch.Tensor:
+    """The value that the actor maximises: min over critics for min and value, else their mean. Returns (batch,)."""
+    return q.min(0).values if kind in ("min", "value") else q.mean(0)
+
+
+def soft_value(q: torch.Tensor, log_prob: torch.Tensor, temperature: torch.Tensor | float) -> torch.Tensor:
+    """V(s) = E[Q(s, a) - temperature log pi(a|s)], from one action (2018b, eq. 3)."""
+    return q - temperature * log_prob
+
+
+def critic_target(
+    reward: torch.Tensor, terminated: torch.Tensor, next_value: torch.Tensor, gamma: float
+) -> torch.Tensor:
+    """y = r + gamma (1 - d) V(s') (2018b, eq. 2). d marks termination only, never truncation."""
+    return reward + gamma * (1 - terminated) * next_value
+
+
+def critic_loss(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Sum over critics of E[(Q_j(s, a) - y_j)^2] / 2 (2018b, eq. 5). target has no gradient."""
+    return 0.5 * (q - target).square().mean(1).sum()
+
+
+def actor_loss(log_prob: torch.Tensor, q: torch.Tensor, temperature: torch.Tensor | float) -> torch.Tensor:
+    """J = E[temperature log pi(a|s) - Q(s, a)], a reparametrised (2018b, eq. 9). q: (batch,)."""
+    return (temperature * log_prob - q).mean()
+
+
+def reinforce_loss(
+    score: torch.Tensor, log_prob: torch.Tensor, q: torch.Tensor, temperature: torch.Tensor | float
+) -> torch.Tensor:
+    """The same objective by the score function (Williams 1992): its gradient in Q is E[grad log pi(a|s) Q(s, a)].
+
+    score: log pi of actions held fixed; q: (batch,), no gradient. The entropy keeps its reparametrised gradient.
+    """
+    return (temperature * log_prob - score * q).mean()
+
+
+def temperature_loss(log_temperature: torch.Tensor, log_prob: torch.Tensor, target_entropy: float) -> torch.Tensor:
+    """J(temperature) = E[-temperature (log pi(a|s) + target_entropy)] (2018b, eq. 18). log_prob has no gradient.
+
+    The paper's form, in the temperature itself. Its gradient in log_temperature carries a factor temperature, which
+    Adam's scaling takes out; codes that put log_temperature in its place have the same sign and fixed point. If the
+    policy cannot reach the target (its entropy's ceiling in [-1, 1]^n is n log 2), the temperature grows without end.
+    """
+    return -(log_temperature.exp() * (log_prob + target_entropy)).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------- agent
+
+
+def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """Differentiates for this optimiser's parameters alone: no other network sees a gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+class Agent(nn.Module):
+    """The networks, their optimisers, and one training step."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        super().__init__()
+        shape = (args.hidden_size, args.num_layers, args.activation)
+        self.args = args
+        self.actor = Actor(obs_dim, action_dim, *shape, args.actor_std, args.squash)
+        self.critic = Ensemble(args.num_critics, obs_dim + action_dim, *shape)
+        self.value = Ensemble(1, obs_dim, *shape) if args.critic_backup == "value" else None
+        self.learned_temperature = args.temperature == "auto"
+        self.log_temperature = nn.Parameter(
+            torch.tensor(0.0 if self.learned_temperature else math.log(args.temperature or 1)), self.learned_temperature
+        )
+        self.target_entropy = -float(action_dim) if args.target_entropy == "auto" else args.target_entropy
+        # The network that the critics' target reads, and its slow copy.
+        self.online = self.value or self.critic
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.to(device)
+
+        def adam(parameters, lr):
+            return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+        self.optimizers = {
+            "actor": adam(self.actor.parameters(), args.actor_lr),
+            "critic": adam(self.critic.parameters(), args.critic_lr),
+        }
+        if self.value:
+            self.optimizers["value"] = adam(self.value.parameters(), args.critic_lr)
+        if self.learned_temperature:
+            self.optimizers["temperature"] = adam([self.log_temperature], args.temperature_lr)
+        self.initial_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.num_critic_updates = 0
+
+        # One stream per purpose: drawing from one never shifts another.
+        self.streams = {name: torch.Generator(device) for name in ("explore", "replay", "update")}
+        for seed, stream in zip(
+            np.random.SeedSequence(args.seed).generate_state(3), self.streams.values(), strict=True
+        ):
+            stream.manual_seed(int(seed))
+        self.device = device
+
+    @property
+    def temperature(self) -> torch.Tensor | float:
+        return self.log_temperature.detach().exp() if self.args.temperature != 0 else 0.0
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """A sampled action (action_dim,) for one observation (obs_dim,)."""
+        mean, log_std = self.actor(torch.from_numpy(obs).to(self.device))
+        noise = torch.randn(mean.shape, generator=self.streams["explore"], device=self.device)
+        return self.actor.to_action(mean + log_std.exp() * noise).cpu().numpy()
+
+    def random_action(self) -> np.ndarray:
+        """Uniform in [-1, 1]^action_dim."""
+        shape = len(self.actor.net[-1].bias) // (2 if self.actor.std_from_net else 1)
+        return (2 * torch.rand(shape, generator=self.streams["explore"], device=self.device) - 1).cpu().numpy()
+
+    @torch.no_grad()
+    def q_mean(self, obs: np.ndarray, action: np.ndarray) -> float:
+        """Mean over critics and batch of Q(s, a), for the first states and actions of evaluation episodes."""
+        return float(
+            self.critic(torch.from_numpy(obs).to(self.device), torch.from_numpy(action).to(self.device)).mean()
+        )
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=self.streams["update"], device=self.device)
+
+    def update(self, buffer: ReplayBuffer, progress: float) -> dict[str, torch.Tensor]:
+        """num_critic_updates critic updates on fresh batches, then one of the actor and one of the temperature.
+
+        progress: the share of the run that is over, for the learning rates. Returns scalars to log.
+        """
+        if self.args.lr_schedule == "linear":
+            for name, optimizer in self.optimizers.items():
+                optimizer.param_groups[0]["lr"] = self.initial_lr[name] * (1 - progress)
+        for _ in range(self.args.num_critic_updates):
+            batch = buffer.sample(self.args.batch_size, self.streams["replay"])
+            metrics = self.update_critics(*batch)
+        return metrics | self.update_actor(batch[0])
+
+    def update_critics(self, obs, action, reward, next_obs, terminated) -> dict[str, torch.Tensor]:
+        args, kind = self.args, self.args.critic_backup
+        entropy_weight = self.temperature if args.backup_entropy else 0.0
+        with torch.no_grad():
+            if kind == "value":
+                next_value = self.target(next_obs)  # (1, batch)
+            else:
+                next_action, next_log_prob = self.actor.sample(next_obs, self.noise(action))
+                subset = (
+                    torch.rand(args.num_critics, generator=self.streams["update"], device=self.device).topk(2).indices
+                    if kind == "redq"
+                    else None
+                )
+                next_q = backup(self.target(next_obs, next_action), kind, subset)  # (num_critics or 1, batch)
+                next_value = soft_value(next_q, next_log_prob, entropy_weight)
+            target = critic_target(reward, terminated, next_value, args.gamma)
+        q = self.critic(obs, action)  # (num_critics, batch)
+        loss = critic_loss(q, target)
+        gradient_step(self.optimizers["critic"], loss)
+        metrics = {"critic_loss": loss.detach(), "q_values": q.detach().mean()}
+
+        if kind == "value":  # V(s) regresses on min_j Q_j(s, a) - temperature log pi(a|s) (2018a, eq. 5)
+            with torch.no_grad():
+                sampled, log_prob = self.actor.sample(obs, self.noise(action))
+                target = soft_value(backup(self.critic(obs, sampled), kind), log_prob, entropy_weight)
+            loss = critic_loss(self.value(obs), target)
+            gradient_step(self.optimizers["value"], loss)
+            metrics["value_loss"] = loss.detach()
+
+        self.num_critic_updates += 1
+        if self.num_critic_updates % args.target_update_period == 0:
+            move_target(self.target, self.online, args.tau)
+        return metrics
+
+    def update_actor(self, obs) -> dict[str, torch.Tensor]:
+        args = self.args
+        mean, log_std = (x.repeat(args.num_actor_samples, 1) for x in self.actor(obs))  # (samples * batch, action_dim)
+        obs = obs.repeat(args.num_actor_samples, 1)
+        noise = self.noise(mean)
+        u = mean + log_std.exp() * noise
+        action, log_prob = self.actor.to_action(u), self.actor.log_prob(u, noise, log_std)
+        temperature = self.temperature
+        if args.actor_gradient == "reparametrize":
+            q = actor_objective(self.critic(obs, action), args.critic_backup)
+            loss = actor_loss(log_prob, q, temperature)
+        else:
+            with torch.no_grad():
+                q = actor_objective(self.critic(obs, action), args.critic_backup)
+            u = u.detach()
+            score = self.actor.log_prob(u, (u - mean) / log_std.exp(), log_std)
+            loss = reinforce_loss(score, log_prob, q, temperature)
+        gradient_step(self.optimizers["actor"], loss)
+
+        log_prob = log_prob.detach()
+        if self.learned_temperature:
+            loss_of_temperature = temperature_loss(self.log_temperature, log_prob, self.target_entropy)
+            gradient_step(self.optimizers["temperature"], loss_of_temperature)
+        return {"actor_loss": loss.detach(), "entropy": -log_prob.mean(), "temperature": temperature}
+
+    def checkpoint(self) -> dict:
+        return {
+            "networks": self.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "streams": {name: stream.get_state() for name, stream in self.streams.items()},
+            "num_critic_updates": self.num_critic_updates,
+        }
+
+    def load_checkpoint(self, saved: dict) -> None:
+        self.load_state_dict(saved["networks"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        for name, stream in self.streams.items():
+            stream.set_state(saved["streams"][name])
+        self.num_critic_updates = saved["num_critic_updates"]
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+EVALUATION_SEED = 1_000  # episode i of every evaluation of every run starts from the seed EVALUATION_SEED + i
+
+
+@torch.no_grad()
+def evaluate(actor: Actor, envs: list[gym.Env], gamma: float = 1.0) -> dict[str, np.ndarray]:
+    """One episode of the mean action in each environment, side by side so that the network sees them as a batch.
+
+    Returns, per episode: returns, lengths, discounted_returns, first_obs and first_action.
+    """
+    device = next(actor.parameters()).device
+    obs = np.stack([env.reset(seed=EVALUATION_SEED + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
+    first_obs, first_action = obs.copy(), None
+    returns, discounted, lengths = np.zeros(len(envs)), np.zeros(len(envs)), np.zeros(len(envs), dtype=int)
+    running = np.arange(len(envs))
+    while len(running):
+        actions = actor.mean_action(torch.from_numpy(obs[running]).to(device)).cpu().numpy()
+        first_action = actions if first_action is None else first_action
+        still_running = []
+        for i, action in zip(running, actions, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            discounted[i] += gamma ** lengths[i] * reward
+            lengths[i] += 1
+            if not (terminated or truncated):
+                still_running.append(i)
+        running = np.array(still_running, dtype=int)
+    return {
+        "returns": returns,
+        "lengths": lengths,
+        "discounted_returns": discounted,
+        "first_obs": first_obs,
+        "first_action": first_action,
+    }
+
+
+# --------------------------------------------------------------------------------------------- saving and loading
+
+POLICY_FORMAT, CHECKPOINT_FORMAT = "policy/1", "sac-checkpoint/1"
+
+
+def save_file(data: dict, path: Path, keep_previous: bool = False) -> None:
+    """Writes beside, flushes, replaces: whenever this is cut off, a whole file stands at path or path.previous."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep_previous and path.exists():
+        os.replace(path, path.with_suffix(".previous" + path.suffix))
+    os.replace(beside, path)
+
+
+def load_file(path: Path, expected_format: str) -> dict:
+    """A file that save_file wrote. Runs no code from it. Raises UserError if it is damaged or something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load does not notice a flipped byte
+                raise zipfile.BadZipFile("checksum does not match")
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path}: damaged, cut short or not a file of this program ({reason})") from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != expected_format:
+        raise UserError(f"{path}: its format is {found!r}, expected {expected_format!r}")
+    return data
+
+
+POLICY_SHAPE = ("obs_dim", "action_dim", "hidden_size", "num_layers", "activation", "actor_std", "squash")
+
+
+def save_policy(actor: Actor, args: Args, env: gym.Env, path: Path) -> None:
+    """policy.pt: plain values and tensors. The network's [-1, 1] maps linearly onto action_low..action_high."""
+    bounds = env.unwrapped.action_space
+    data = {
+        "format": POLICY_FORMAT,
+        "algorithm": "sac",
+        "action_low": bounds.low.tolist(),
+        "action_high": bounds.high.tolist(),
+    }
+    data |= {"obs_dim": env.observation_space.shape[0], "action_dim": bounds.shape[0]}
+    settings = ("env_id", "env_kwargs", "max_episode_steps", *POLICY_SHAPE[2:])
+    data |= {name: getattr(args, name) for name in settings}
+    save_file(data | {"state_dict": {name: value.cpu() for name, value in actor.state_dict().items()}}, path)
+
+
+def load_policy(path: str) -> dict:
+    """policy.pt, or that of a run folder, with its network under "actor". Raises UserError."""
+    file = Path(path) / "policy.pt" if Path(path).is_dir() else Path(path)
+    policy = load_file(file, POLICY_FORMAT)
+    try:
+        policy["actor"] = Actor(**{name: policy[name] for name in POLICY_SHAPE})
+        policy["actor"].load_state_dict(policy["state_dict"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{file}: no policy can be built from it ({' '.join(str(error).split())[:200]})") from None
+    if not all(value.isfinite().all() for value in policy["state_dict"].values()):
+        raise UserError(f"{file}: its weights are not finite")
+    return policy
+
+
+def write_args(args: Args, run_dir: Path) -> None:
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "tyro", "tensorboard")
+    versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
+    text = json.dumps(dataclasses.asdict(args) | {"versions": versions, "git_revision": revision}, indent=2)
+    beside = run_dir / "args.json.tmp"
+    beside.write_text(text + "\n")
+    os.replace(beside, run_dir / "args.json")
+
+
+def read_args(run_dir: Path) -> Args:
+    """The settings of a run folder, checked. Raises UserError."""
+    path = run_dir / "args.json"
+    try:
+        saved = json.loads(path.read_text())
+        args = Args(**{field.name: saved[field.name] for field in dataclasses.fields(Args)})
+        check_args(args)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is {run_dir} a run folder?") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not the settings of a run of this version ({type(error).__name__}: {error})"
+        ) from None
+    return args
+
+
+def append_row(path: Path, row: dict) -> None:
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def cut_rows(path: Path, last_step: int) -> None:
+    """Drops the rows of progress.csv after last_step, and one that was cut off in the middle of a line."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(lines[:1] + rows if rows else []))
+    os.replace(beside, path)
+
+
+def open_run_dir(args: Args) -> tuple[Path, filelock.FileLock]:
+    """The run folder, made if it is new, and the lock that keeps a second process out. Raises UserError."""
+    started = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}"
+    run_dir = Path(args.resume or args.run_dir or Path("runs", name))
+    try:
+        if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(f"--run-dir {run_dir}: exists already; resume it with --resume {run_dir} or name another")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{run_dir}: another process is working on this run; wait for it or stop it") from None
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
+    return run_dir, lock
+
+
+def load_checkpoint(run_dir: Path) -> dict | None:
+    """The newest whole checkpoint, or None before the first. Raises UserError if there are only damaged ones."""
+    problems = []
+    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"):
+        if path.exists():
+            try:
+                checkpoint = load_file(path, CHECKPOINT_FORMAT)
+                for problem in problems:
+                    print(f"warning: {problem}; going on from the one before", file=sys.stderr)
+                return checkpoint
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError(f"--resume {run_dir}: no whole checkpoint is left: {'; '.join(problems)}")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def pick_device(args: Args) -> torch.device:
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device}: not on this machine; take auto, cpu, cuda or cuda:N") from None
+    return device
+
+
+def use_fast_float32() -> None:
+    """On AMD CPUs, sends matrix products to oneDNN instead of MKL: 1.7 times the updates a second, still float32.
+
+    PyTorch does so only where bfloat16 is allowed, which oneDNN makes use of on CPUs with AMX alone.
+    """
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+class StopSignal:
+    """The first Ctrl-C or SIGTERM asks the loop to save and end; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+
+def check_finite(step: int, **quantities) -> None:
+    """Raises RunError if a number, array or tensor among the quantities has a NaN or an infinity."""
+    for name, value in quantities.items():
+        value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+        if not np.isfinite(value).all():
+            raise RunError(f"stopped at step {step}: {name} became NaN or infinite")
+
+
+def train(args: Args) -> int:
+    """One run, from its first step or from its checkpoint to its last. Returns the exit code."""
+    stop = StopSignal()
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    use_fast_float32()
+    device = pick_device(args)
+    env = TrainingEnv(args)
+    eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
+    obs_dim, action_dim = env.env.observation_space.shape[0], env.env.action_space.shape[0]
+    torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
+    agent = Agent(args, obs_dim, action_dim, device)
+    try:
+        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    except RuntimeError:
+        raise UserError(f"--buffer-size {args.buffer_size}: does not fit into memory; take a smaller one") from None
+
+    run_dir, lock = open_run_dir(args)
+    checkpoint = load_checkpoint(run_dir) if args.resume else None
+    # What the loop carries from step to step, besides the environment, the agent and the buffer.
+    state = {"step": 0, "episodes": 0, "wall_time_s": 0.0, "train_returns": [], "train_lengths": []}
+    if checkpoint:
+        try:
+            env.load_state_dict(checkpoint["env"])
+            agent.load_checkpoint(checkpoint["agent"])
+            buffer.load_state_dict(checkpoint["buffer"])
+            state = checkpoint["state"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"--resume {run_dir}: its checkpoint does not fit its args.json ({error})") from None
+    del checkpoint
+    resume_command = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
+    if state["step"] >= args.total_steps:
+        print(f"{run_dir} is finished: {state['step']} steps. A larger --total-steps would continue it.")
+        return 0
+    write_args(dataclasses.replace(args, run_dir=str(run_dir), resume=None, device=str(device)), run_dir)
+    cut_rows(run_dir / "progress.csv", state["step"])
+    writer = SummaryWriter(str(run_dir), purge_step=state["step"])
+    started = time.perf_counter() - state["wall_time_s"]
+    last_row_step, last_row_time = state["step"], time.perf_counter()
+    metrics, shown = {}, {}
+    bar = tqdm(
+        total=args.total_steps,
+        initial=state["step"],
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+
+    try:
+        for step in range(state["step"], args.total_steps):
+            obs = env.obs
+            action = agent.random_action() if step < args.random_steps else agent.act(obs)
+            if not np.isfinite(action).all():
+                check_finite(step, **metrics)  # names the loss that broke the actor
+            next_obs, reward, terminated, truncated = env.step(action)
+            check_finite(step, action=action, reward=reward, observation=next_obs)
+            buffer.add(obs, action, reward, next_obs, terminated)
+            if terminated or truncated:
+                state["episodes"] += 1
+                state["train_returns"].append(env.episode_return)
+                state["train_lengths"].append(len(env.actions))
+                writer.add_scalar("train/return", env.episode_return, step + 1)
+                writer.add_scalar("train/length", len(env.actions), step + 1)
+                shown["train_return"] = f"{env.episode_return:.1f}"
+                env.reset()
+                check_finite(step, observation=env.obs)
+            if step >= args.learning_starts:
+                metrics = agent.update(buffer, step / args.total_steps)
+            bar.update()
+            state["step"] = done = step + 1
+            last = done == args.total_steps
+
+            if done % args.log_every == 0:
+                check_finite(step, **metrics)
+                for name, value in metrics.items():
+                    writer.add_scalar(f"learning/{name}", float(value), done)
+                bar.set_postfix(shown, refresh=False)
+            if done % args.eval_every == 0 or last:
+                check_finite(step, **metrics, **dict(agent.named_parameters()))
+                steps_per_s = (done - last_row_step) / (time.perf_counter() - last_row_time)
+                result = evaluate(agent.actor, eval_envs, args.gamma)
+                state["wall_time_s"] = time.perf_counter() - started
+                returns, lengths = state["train_returns"], state["train_lengths"]
+                row = {
+                    "step": done,
+                    "wall_time_s": state["wall_time_s"],
+                    "eval_return_mean": result["returns"].mean(),
+                    "eval_return_std": result["returns"].std(),
+                    "eval_length_mean": result["lengths"].mean(),
+                    "train_return_mean": np.mean(returns) if returns else math.nan,
+                    "train_length_mean": np.mean(lengths) if lengths else math.nan,
+                    "episodes": state["episodes"],
+                    **{name: float(metrics.get(name, math.nan)) for name in ROW_METRICS},
+                    "eval_q_mean": agent.q_mean(result["first_obs"], result["first_action"]),
+                    "eval_discounted_return_mean": result["discounted_returns"].mean(),
+                    "steps_per_s": steps_per_s,
+                }
+                append_row(run_dir / "progress.csv", {name: f"{value:.8g}" for name, value in row.items()})
+                for name in list(row)[2:]:
+                    if not math.isnan(row[name]):
+                        writer.add_scalar(f"progress/{name}", row[name], done)
+                save_policy(agent.actor, args, eval_envs[0], run_dir / "policy.pt")
+                state["train_returns"], state["train_lengths"] = [], []
+                shown["eval_return"] = f"{row['eval_return_mean']:.1f}"
+                bar.set_postfix(shown, refresh=False)
+                last_row_step, last_row_time = done, time.perf_counter()
+            if done % args.checkpoint_every == 0 or last or stop.number:
+                check_finite(step, **metrics, **dict(agent.named_parameters()))
+                state["wall_time_s"] = time.perf_counter() - started
+                parts = {"env": env.state_dict(), "agent": agent.checkpoint(), "buffer": buffer.state_dict()}
+                save_file(
+                    {"format": CHECKPOINT_FORMAT, "state": state, **parts},
+                    run_dir / "checkpoint.pt",
+                    keep_previous=True,
+                )
+            if stop.number and not last:
+                bar.close()
+                print(f"stopped at step {done}, everything is saved; continue with\n  {resume_command}")
+                return 128 + stop.number
+    except OSError as error:
+        raise RunError(
+            f"{run_dir} cannot be written ({error.strerror or error}); mend that and continue from the last checkpoint"
+            f" with: {resume_command}"
+        ) from None
+    except RunError as error:
+        raise RunError(f"{error}; rows, policy and checkpoint from before are in {run_dir}") from None
+    finally:
+        bar.close()
+        writer.close()
+        lock.release()
+    print(f"evaluation return {row['eval_return_mean']:.1f} +- {row['eval_return_std']:.1f} after {done} steps")
+    print(f"  run folder  {run_dir}")
+    print(f"  curves      tensorboard --logdir {shlex.quote(str(run_dir))}")
+    print(f"  policy      python {sys.argv[0]} --evaluate {shlex.quote(str(run_dir))}")
+    return 0
+
+
+ROW_METRICS = ("critic_loss", "actor_loss", "q_values", "entropy", "temperature")
+
+
+def evaluate_policy(args: Args) -> int:
+    """--evaluate: prints the mean and standard deviation of the mean action's return."""
+    policy = load_policy(args.evaluate)
+    args = dataclasses.replace(args, squash=policy["squash"])
+    envs = [make_env(args) for _ in range(args.eval_episodes)]
+    sizes = {"obs_dim": envs[0].observation_space.shape[0], "action_dim": envs[0].action_space.shape[0]}
+    for name, size in sizes.items():
+        if policy[name] != size:
+            raise UserError(f"{args.evaluate}: its {name} is {policy[name]}, that of {args.env_id} is {size}")
+    returns = evaluate(policy["actor"].to(pick_device(args)), envs)["returns"]
+    print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
+    return 0
+
+
+def main() -> int:
+    try:
+        args = parse_args()
+        return evaluate_policy(args) if args.evaluate else train(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
