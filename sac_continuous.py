@@ -160,75 +160,48 @@ def flag(name: str) -> str:
 
 def check_args(args: Args) -> None:
     """Raises UserError for numbers out of range and for settings that contradict each other."""
-    at_least_one = "total_steps batch_size buffer_size num_actor_samples num_critics num_critic_updates hidden_size"
-    at_least_one += " target_update_period num_layers eval_every eval_episodes log_every checkpoint_every"
-    for name in at_least_one.split():
-        if not getattr(args, name) >= 1:
-            raise UserError(f"{flag(name)} {getattr(args, name)}: must be at least 1")
-    for name in ("seed", "random_steps", "learning_starts", "torch_threads"):
-        if not 0 <= getattr(args, name) < 2**63:
-            raise UserError(f"{flag(name)} {getattr(args, name)}: must be 0 or more")
-    for name in ("actor_lr", "critic_lr", "temperature_lr", "actor_std"):
-        value = getattr(args, name)
-        if not isinstance(value, str) and not 0 < value < math.inf:
-            raise UserError(f"{flag(name)} {value}: must be above 0 and finite")
-    if not 0 <= args.gamma <= 1:
-        raise UserError(f"--gamma {args.gamma}: must be between 0 and 1")
-    if not 0 < args.tau <= 1:
-        raise UserError(f"--tau {args.tau}: must be above 0 and at most 1")
-    if args.temperature != "auto" and not 0 <= args.temperature < math.inf:
-        raise UserError(f"--temperature {args.temperature}: must be auto, or 0 or more and finite")
-    if args.target_entropy != "auto" and not math.isfinite(args.target_entropy):
-        raise UserError(f"--target-entropy {args.target_entropy}: must be auto or a finite number")
-    if args.max_episode_steps is not None and args.max_episode_steps < 1:
-        raise UserError(f"--max-episode-steps {args.max_episode_steps}: must be at least 1")
-
-    fixed_temperature = args.temperature != "auto"
-    constant_entropy = not args.squash and not isinstance(args.actor_std, str)
-    contradictions = [
-        ("learning_starts", "total_steps", args.learning_starts >= args.total_steps, "nothing would be learned"),
-        ("batch_size", "buffer_size", args.batch_size > args.buffer_size, "the buffer must hold a batch"),
-        (
-            "target_entropy",
-            "temperature",
-            fixed_temperature and args.target_entropy != "auto",
-            "only a learned one has a target",
-        ),
-        (
-            "temperature_lr",
-            "temperature",
-            fixed_temperature and args.temperature_lr != Args.temperature_lr,
-            "only a learned one has a rate",
-        ),
-        (
-            "backup_entropy",
-            "temperature",
-            args.temperature == 0 and not args.backup_entropy,
-            "temperature 0 has no entropy bonus to drop",
-        ),
-        (
-            "actor_std",
-            "temperature",
-            constant_entropy and not fixed_temperature,
-            "the entropy is constant, give a fixed temperature",
-        ),
-        (
-            "critic_backup",
-            "num_critics",
-            args.critic_backup == "double-q" and args.num_critics != 2,
-            "double-q takes exactly 2",
-        ),
-        (
-            "critic_backup",
-            "num_critics",
-            args.critic_backup == "redq" and args.num_critics < 2,
-            "redq takes at least 2",
-        ),
+    counts = "total_steps batch_size buffer_size num_actor_samples num_critics num_critic_updates target_update_period"
+    counts += " hidden_size num_layers eval_every eval_episodes log_every checkpoint_every max_episode_steps"
+    ranges = [
+        ("at least 1", lambda x: x >= 1, counts),
+        ("0 or more", lambda x: 0 <= x < 2**63, "seed random_steps learning_starts torch_threads"),
+        ("above 0 and finite", lambda x: 0 < x < math.inf, "actor_lr critic_lr temperature_lr actor_std"),
+        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma"),
+        ("above 0 and at most 1", lambda x: 0 < x <= 1, "tau"),
+        ("0 or more and finite", lambda x: 0 <= x < math.inf, "temperature"),
+        ("finite", math.isfinite, "target_entropy"),
     ]
-    for first, second, wrong, why in contradictions:
+    for meaning, holds, names in ranges:
+        for name in names.split():
+            value = getattr(args, name)
+            if isinstance(value, int | float) and not holds(value):
+                raise UserError(f"{flag(name)} {value}: must be {meaning}")
+
+    fixed = args.temperature != "auto"
+    constant_entropy = not args.squash and isinstance(args.actor_std, float)
+    double_q, redq = args.critic_backup == "double-q", args.critic_backup == "redq"
+    contradictions = [
+        ("learning_starts total_steps", args.learning_starts >= args.total_steps, "nothing would be learned"),
+        ("batch_size buffer_size", args.batch_size > args.buffer_size, "the buffer must hold a batch"),
+        ("target_entropy temperature", fixed and args.target_entropy != "auto", "a fixed temperature has no target"),
+        (
+            "temperature_lr temperature",
+            fixed and args.temperature_lr != Args.temperature_lr,
+            "it is fixed, not learned",
+        ),
+        (
+            "backup_entropy temperature",
+            args.temperature == 0 and not args.backup_entropy,
+            "0 has no bonus to leave out",
+        ),
+        ("actor_std temperature", constant_entropy and not fixed, "without --squash the entropy is then constant"),
+        ("critic_backup num_critics", double_q and args.num_critics != 2, "double-q takes exactly 2"),
+        ("critic_backup num_critics", redq and args.num_critics < 2, "redq takes at least 2"),
+    ]
+    for names, wrong, why in contradictions:
         if wrong:
-            pair = (f"{flag(name)} {getattr(args, name)}" for name in (first, second))
-            raise UserError(f"{' and '.join(pair)} contradict each other: {why}")
+            pair = " and ".join(f"{flag(name)} {getattr(args, name)}" for name in names.split())
+            raise UserError(f"{pair} contradict each other: {why}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -246,9 +219,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if field.name not in may_change and getattr(args, field.name) != getattr(saved, field.name)
         ]
         if differ:
-            raise UserError(
-                f"--resume {args.resume} contradicts the saved settings, leave these out: {', '.join(differ)}"
-            )
+            raise UserError(f"--resume {args.resume}: the run has other settings, leave out {', '.join(differ)}")
     elif args.evaluate:
         policy = load_policy(args.evaluate)
         saved = {name: policy[name] for name in ("env_id", "env_kwargs", "max_episode_steps")}
@@ -281,9 +252,7 @@ def make_env(args: Args) -> gym.Env:
         if not isinstance(kwargs, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        raise UserError(
-            f"--env-kwargs {args.env_kwargs}: must be a JSON object like '{{\"key\": 1}}' ({error})"
-        ) from None
+        raise UserError(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})") from None
     try:
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps, **kwargs)
     except gym.error.UnregisteredEnv:
@@ -292,9 +261,7 @@ def make_env(args: Args) -> gym.Env:
         raise UserError(f"--env-id {args.env_id}: no such environment; {hint}") from None
     except Exception as error:  # an environment's constructor may raise anything
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"--env-id {args.env_id}: cannot be made with --env-kwargs {args.env_kwargs}: {reason}"
-        ) from None
+        raise UserError(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: cannot be made: {reason}") from None
 
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
@@ -335,14 +302,14 @@ class TrainingEnv:
         self.obs = np.asarray(next_obs, dtype=np.float32)
         return self.obs, float(reward), bool(terminated), bool(truncated)
 
-    def state_dict(self) -> dict:
+    def checkpoint(self) -> dict:
         return {
             "generator_state": self.generator_state,
             "actions": [torch.from_numpy(action) for action in self.actions],
             "obs": torch.from_numpy(self.obs),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_checkpoint(self, state: dict) -> None:
         self.generator.state = state["generator_state"]
         self.reset()
         for action in state["actions"]:
@@ -470,11 +437,11 @@ class ReplayBuffer:
         obs, action, reward, next_obs, terminated = self.rows.index_select(0, index).split(self.sizes, dim=1)
         return obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1)
 
-    def state_dict(self) -> dict:
+    def checkpoint(self) -> dict:
         # The view from NumPy has a storage of its own extent, so that only filled rows are saved, without a copy.
         return {"rows": torch.from_numpy(self.rows[: len(self)].cpu().numpy()), "num_added": self.num_added}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_checkpoint(self, state: dict) -> None:
         self.rows[: len(state["rows"])] = state["rows"]
         self.num_added = state["num_added"]
 
@@ -483,15 +450,13 @@ class ReplayBuffer:
 # Pure functions of tensors. q: (num_critics, batch); log_prob, reward, terminated: (batch,).
 
 
-def backup(q: torch.Tensor, kind: str, subset: torch.Tensor | None = None) -> torch.Tensor:
-    """What the target critics' values become: (num_critics, batch) -> (num_critics or 1, batch), a row per critic."""
+def backup(q: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the target critics' values become: (num_critics, batch) -> (1, batch), for double-q (num_critics, batch)."""
     if kind == "mean":
         return q.mean(0, keepdim=True)
-    if kind == "double-q":  # each critic's target is the other's (van Hasselt 2010)
+    if kind == "double-q":  # each critic's target comes from the other one (van Hasselt 2010)
         return q.flip(0)
-    if kind == "redq":  # min over a random pair (Chen et al. 2021, algorithm 1)
-        q = q[subset]
-    return q.min(0, keepdim=True).values  # clipped double Q over all (Fujimoto et al. 2018)
+    return q.min(0, keepdim=True).values  # clipped double Q (Fujimoto et al. 2018); for redq over a random pair
 
 
 def actor_objective(q: torch.Tensor, kind: str) -> torch.Tensor:
@@ -564,41 +529,34 @@ class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__()
         shape = (args.hidden_size, args.num_layers, args.activation)
-        self.args = args
+        self.args, self.device, self.action_dim = args, device, action_dim
         self.actor = Actor(obs_dim, action_dim, *shape, args.actor_std, args.squash)
         self.critic = Ensemble(args.num_critics, obs_dim + action_dim, *shape)
         self.value = Ensemble(1, obs_dim, *shape) if args.critic_backup == "value" else None
         self.learned_temperature = args.temperature == "auto"
-        self.log_temperature = nn.Parameter(
-            torch.tensor(0.0 if self.learned_temperature else math.log(args.temperature or 1)), self.learned_temperature
-        )
+        log_temperature = 0.0 if self.learned_temperature or args.temperature == 0 else math.log(args.temperature)
+        self.log_temperature = nn.Parameter(torch.tensor(log_temperature), requires_grad=self.learned_temperature)
         self.target_entropy = -float(action_dim) if args.target_entropy == "auto" else args.target_entropy
         # The network that the critics' target reads, and its slow copy.
         self.online = self.value or self.critic
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.to(device)
 
-        def adam(parameters, lr):
-            return torch.optim.Adam(parameters, lr=lr, fused=True)
-
-        self.optimizers = {
-            "actor": adam(self.actor.parameters(), args.actor_lr),
-            "critic": adam(self.critic.parameters(), args.critic_lr),
-        }
+        self.lr = {"actor": args.actor_lr, "critic": args.critic_lr}
+        parameters = {"actor": self.actor.parameters(), "critic": self.critic.parameters()}
         if self.value:
-            self.optimizers["value"] = adam(self.value.parameters(), args.critic_lr)
+            self.lr["value"], parameters["value"] = args.critic_lr, self.value.parameters()
         if self.learned_temperature:
-            self.optimizers["temperature"] = adam([self.log_temperature], args.temperature_lr)
-        self.initial_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+            self.lr["temperature"], parameters["temperature"] = args.temperature_lr, [self.log_temperature]
+        self.optimizers = {name: torch.optim.Adam(parameters[name], lr, fused=True) for name, lr in self.lr.items()}
         self.num_critic_updates = 0
 
         # One stream per purpose: drawing from one never shifts another.
-        self.streams = {name: torch.Generator(device) for name in ("explore", "replay", "update")}
-        for seed, stream in zip(
-            np.random.SeedSequence(args.seed).generate_state(3), self.streams.values(), strict=True
-        ):
-            stream.manual_seed(int(seed))
-        self.device = device
+        names = ("explore", "replay", "update")
+        seeds = np.random.SeedSequence(args.seed).generate_state(len(names)).tolist()
+        self.streams = {
+            name: torch.Generator(device).manual_seed(seed) for name, seed in zip(names, seeds, strict=True)
+        }
 
     @property
     def temperature(self) -> torch.Tensor | float:
@@ -613,18 +571,18 @@ class Agent(nn.Module):
 
     def random_action(self) -> np.ndarray:
         """Uniform in [-1, 1]^action_dim."""
-        shape = len(self.actor.net[-1].bias) // (2 if self.actor.std_from_net else 1)
-        return (2 * torch.rand(shape, generator=self.streams["explore"], device=self.device) - 1).cpu().numpy()
+        uniform = torch.rand(self.action_dim, generator=self.streams["explore"], device=self.device)
+        return (2 * uniform - 1).cpu().numpy()
 
     @torch.no_grad()
     def q_mean(self, obs: np.ndarray, action: np.ndarray) -> float:
         """Mean over critics and batch of Q(s, a), for the first states and actions of evaluation episodes."""
-        return float(
-            self.critic(torch.from_numpy(obs).to(self.device), torch.from_numpy(action).to(self.device)).mean()
-        )
+        obs, action = (torch.from_numpy(x).to(self.device) for x in (obs, action))
+        return self.critic(obs, action).mean().item()
 
-    def noise(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, generator=self.streams["update"], device=self.device)
+    def random(self, draw, *shape: int) -> torch.Tensor:
+        """torch.randn or torch.rand for a loss."""
+        return draw(*shape, generator=self.streams["update"], device=self.device)
 
     def update(self, buffer: ReplayBuffer, progress: float) -> dict[str, torch.Tensor]:
         """num_critic_updates critic updates on fresh batches, then one of the actor and one of the temperature.
@@ -633,7 +591,7 @@ class Agent(nn.Module):
         """
         if self.args.lr_schedule == "linear":
             for name, optimizer in self.optimizers.items():
-                optimizer.param_groups[0]["lr"] = self.initial_lr[name] * (1 - progress)
+                optimizer.param_groups[0]["lr"] = self.lr[name] * (1 - progress)
         for _ in range(self.args.num_critic_updates):
             batch = buffer.sample(self.args.batch_size, self.streams["replay"])
             metrics = self.update_critics(*batch)
@@ -646,13 +604,11 @@ class Agent(nn.Module):
             if kind == "value":
                 next_value = self.target(next_obs)  # (1, batch)
             else:
-                next_action, next_log_prob = self.actor.sample(next_obs, self.noise(action))
-                subset = (
-                    torch.rand(args.num_critics, generator=self.streams["update"], device=self.device).topk(2).indices
-                    if kind == "redq"
-                    else None
-                )
-                next_q = backup(self.target(next_obs, next_action), kind, subset)  # (num_critics or 1, batch)
+                next_action, next_log_prob = self.actor.sample(next_obs, self.random(torch.randn, *action.shape))
+                next_q = self.target(next_obs, next_action)  # (num_critics, batch)
+                if kind == "redq":  # a random pair of the critics (Chen et al. 2021, algorithm 1)
+                    next_q = next_q[self.random(torch.rand, args.num_critics).topk(2).indices]
+                next_q = backup(next_q, kind)  # (1, batch); (num_critics, batch) for double-q
                 next_value = soft_value(next_q, next_log_prob, entropy_weight)
             target = critic_target(reward, terminated, next_value, args.gamma)
         q = self.critic(obs, action)  # (num_critics, batch)
@@ -662,7 +618,7 @@ class Agent(nn.Module):
 
         if kind == "value":  # V(s) regresses on min_j Q_j(s, a) - temperature log pi(a|s) (2018a, eq. 5)
             with torch.no_grad():
-                sampled, log_prob = self.actor.sample(obs, self.noise(action))
+                sampled, log_prob = self.actor.sample(obs, self.random(torch.randn, *action.shape))
                 target = soft_value(backup(self.critic(obs, sampled), kind), log_prob, entropy_weight)
             loss = critic_loss(self.value(obs), target)
             gradient_step(self.optimizers["value"], loss)
@@ -677,7 +633,7 @@ class Agent(nn.Module):
         args = self.args
         mean, log_std = (x.repeat(args.num_actor_samples, 1) for x in self.actor(obs))  # (samples * batch, action_dim)
         obs = obs.repeat(args.num_actor_samples, 1)
-        noise = self.noise(mean)
+        noise = self.random(torch.randn, *mean.shape)
         u = mean + log_std.exp() * noise
         action, log_prob = self.actor.to_action(u), self.actor.log_prob(u, noise, log_std)
         temperature = self.temperature
@@ -849,14 +805,6 @@ def read_args(run_dir: Path) -> Args:
     return args
 
 
-def append_row(path: Path, row: dict) -> None:
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def cut_rows(path: Path, last_step: int) -> None:
     """Drops the rows of progress.csv after last_step, and one that was cut off in the middle of a line."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -950,6 +898,77 @@ def check_finite(step: int, **quantities) -> None:
             raise RunError(f"stopped at step {step}: {name} became NaN or infinite")
 
 
+class RunLog:
+    """progress.csv, TensorBoard and the progress bar of a run, from its first step or from the one it resumes at."""
+
+    def __init__(self, args: Args, run_dir: Path, step: int, saved: dict | None):
+        saved = saved or {"episodes": 0, "wall_time_s": 0.0, "train_returns": [], "train_lengths": []}
+        self.episodes, self.returns, self.lengths = saved["episodes"], saved["train_returns"], saved["train_lengths"]
+        self.started = time.perf_counter() - saved["wall_time_s"]
+        self.csv_path = run_dir / "progress.csv"
+        cut_rows(self.csv_path, step)
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step)
+        interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets a line now and then
+        self.bar = tqdm(total=args.total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=interval)
+        self.shown = {}
+        self.row_step, self.row_time = step, time.perf_counter()
+
+    def episode(self, step: int, episode_return: float, length: int) -> None:
+        self.episodes += 1
+        self.returns.append(episode_return)
+        self.lengths.append(length)
+        self.show(train_return=f"{episode_return:.1f}")
+        self.scalars("train", {"return": episode_return, "length": length}, step)
+
+    def evaluation(self, step: int, result: dict, metrics: dict, q_mean: float, steps_per_s: float) -> None:
+        """Writes a row of progress.csv. result is what evaluate returned, metrics the last update's."""
+        row = {
+            "step": step,
+            "wall_time_s": time.perf_counter() - self.started,
+            "eval_return_mean": result["returns"].mean(),
+            "eval_return_std": result["returns"].std(),
+            "eval_length_mean": result["lengths"].mean(),
+            "train_return_mean": np.mean(self.returns) if self.returns else math.nan,
+            "train_length_mean": np.mean(self.lengths) if self.lengths else math.nan,
+            "episodes": self.episodes,
+        }
+        for name in ("critic_loss", "actor_loss", "q_values", "entropy", "temperature"):
+            row[name] = float(metrics.get(name, math.nan))
+        row["eval_q_mean"] = q_mean
+        row["eval_discounted_return_mean"] = result["discounted_returns"].mean()
+        row["steps_per_s"] = steps_per_s
+        with open(self.csv_path, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
+        self.scalars("evaluation", row, step)
+        self.show(eval_return=f"{row['eval_return_mean']:.1f}")
+        self.returns, self.lengths = [], []
+        self.row_step, self.row_time = step, time.perf_counter()
+
+    def steps_per_s(self, step: int) -> float:
+        """Of training alone: since the end of the last evaluation."""
+        return (step - self.row_step) / (time.perf_counter() - self.row_time)
+
+    def scalars(self, group: str, values: dict, step: int) -> None:
+        for name, value in values.items():
+            self.tensorboard.add_scalar(f"{group}/{name}", float(value), step)
+
+    def show(self, **shown: str) -> None:
+        self.shown |= shown
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def state_dict(self) -> dict:
+        wall_time_s = time.perf_counter() - self.started
+        returns = {"train_returns": self.returns, "train_lengths": self.lengths}
+        return {"episodes": self.episodes, "wall_time_s": wall_time_s, **returns}
+
+    def close(self) -> None:
+        self.bar.close()
+        self.tensorboard.close()
+
+
 def train(args: Args) -> int:
     """One run, from its first step or from its checkpoint to its last. Returns the exit code."""
     stop = StopSignal()
@@ -968,126 +987,73 @@ def train(args: Args) -> int:
         raise UserError(f"--buffer-size {args.buffer_size}: does not fit into memory; take a smaller one") from None
 
     run_dir, lock = open_run_dir(args)
+    continue_with = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
+    first_step, saved_log = 0, None
     checkpoint = load_checkpoint(run_dir) if args.resume else None
-    # What the loop carries from step to step, besides the environment, the agent and the buffer.
-    state = {"step": 0, "episodes": 0, "wall_time_s": 0.0, "train_returns": [], "train_lengths": []}
     if checkpoint:
         try:
-            env.load_state_dict(checkpoint["env"])
-            agent.load_checkpoint(checkpoint["agent"])
-            buffer.load_state_dict(checkpoint["buffer"])
-            state = checkpoint["state"]
+            first_step, saved_log = checkpoint["step"], checkpoint["log"]
+            for name, part in (("env", env), ("agent", agent), ("buffer", buffer)):
+                part.load_checkpoint(checkpoint.pop(name))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"--resume {run_dir}: its checkpoint does not fit its args.json ({error})") from None
-    del checkpoint
-    resume_command = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
-    if state["step"] >= args.total_steps:
-        print(f"{run_dir} is finished: {state['step']} steps. A larger --total-steps would continue it.")
+    if first_step >= args.total_steps:
+        print(f"{run_dir} is finished: {first_step} steps; a larger --total-steps continues it")
         return 0
     write_args(dataclasses.replace(args, run_dir=str(run_dir), resume=None, device=str(device)), run_dir)
-    cut_rows(run_dir / "progress.csv", state["step"])
-    writer = SummaryWriter(str(run_dir), purge_step=state["step"])
-    started = time.perf_counter() - state["wall_time_s"]
-    last_row_step, last_row_time = state["step"], time.perf_counter()
-    metrics, shown = {}, {}
-    bar = tqdm(
-        total=args.total_steps,
-        initial=state["step"],
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
+    log = RunLog(args, run_dir, first_step, saved_log)
+    metrics = {}
 
     try:
-        for step in range(state["step"], args.total_steps):
+        for step in range(first_step, args.total_steps):
             obs = env.obs
             action = agent.random_action() if step < args.random_steps else agent.act(obs)
             if not np.isfinite(action).all():
-                check_finite(step, **metrics)  # names the loss that broke the actor
+                check_finite(step, observation=obs, **metrics)  # what broke the actor is named before the action
             next_obs, reward, terminated, truncated = env.step(action)
             check_finite(step, action=action, reward=reward, observation=next_obs)
             buffer.add(obs, action, reward, next_obs, terminated)
             if terminated or truncated:
-                state["episodes"] += 1
-                state["train_returns"].append(env.episode_return)
-                state["train_lengths"].append(len(env.actions))
-                writer.add_scalar("train/return", env.episode_return, step + 1)
-                writer.add_scalar("train/length", len(env.actions), step + 1)
-                shown["train_return"] = f"{env.episode_return:.1f}"
+                log.episode(step + 1, env.episode_return, len(env.actions))
                 env.reset()
-                check_finite(step, observation=env.obs)
             if step >= args.learning_starts:
                 metrics = agent.update(buffer, step / args.total_steps)
-            bar.update()
-            state["step"] = done = step + 1
-            last = done == args.total_steps
+            log.bar.update()
 
+            done = step + 1
+            last = done == args.total_steps
             if done % args.log_every == 0:
                 check_finite(step, **metrics)
-                for name, value in metrics.items():
-                    writer.add_scalar(f"learning/{name}", float(value), done)
-                bar.set_postfix(shown, refresh=False)
+                log.scalars("learning", metrics, done)
             if done % args.eval_every == 0 or last:
                 check_finite(step, **metrics, **dict(agent.named_parameters()))
-                steps_per_s = (done - last_row_step) / (time.perf_counter() - last_row_time)
+                steps_per_s = log.steps_per_s(done)
                 result = evaluate(agent.actor, eval_envs, args.gamma)
-                state["wall_time_s"] = time.perf_counter() - started
-                returns, lengths = state["train_returns"], state["train_lengths"]
-                row = {
-                    "step": done,
-                    "wall_time_s": state["wall_time_s"],
-                    "eval_return_mean": result["returns"].mean(),
-                    "eval_return_std": result["returns"].std(),
-                    "eval_length_mean": result["lengths"].mean(),
-                    "train_return_mean": np.mean(returns) if returns else math.nan,
-                    "train_length_mean": np.mean(lengths) if lengths else math.nan,
-                    "episodes": state["episodes"],
-                    **{name: float(metrics.get(name, math.nan)) for name in ROW_METRICS},
-                    "eval_q_mean": agent.q_mean(result["first_obs"], result["first_action"]),
-                    "eval_discounted_return_mean": result["discounted_returns"].mean(),
-                    "steps_per_s": steps_per_s,
-                }
-                append_row(run_dir / "progress.csv", {name: f"{value:.8g}" for name, value in row.items()})
-                for name in list(row)[2:]:
-                    if not math.isnan(row[name]):
-                        writer.add_scalar(f"progress/{name}", row[name], done)
+                q_mean = agent.q_mean(result["first_obs"], result["first_action"])
+                log.evaluation(done, result, metrics, q_mean, steps_per_s)
                 save_policy(agent.actor, args, eval_envs[0], run_dir / "policy.pt")
-                state["train_returns"], state["train_lengths"] = [], []
-                shown["eval_return"] = f"{row['eval_return_mean']:.1f}"
-                bar.set_postfix(shown, refresh=False)
-                last_row_step, last_row_time = done, time.perf_counter()
             if done % args.checkpoint_every == 0 or last or stop.number:
                 check_finite(step, **metrics, **dict(agent.named_parameters()))
-                state["wall_time_s"] = time.perf_counter() - started
-                parts = {"env": env.state_dict(), "agent": agent.checkpoint(), "buffer": buffer.state_dict()}
-                save_file(
-                    {"format": CHECKPOINT_FORMAT, "state": state, **parts},
-                    run_dir / "checkpoint.pt",
-                    keep_previous=True,
-                )
+                parts = {"env": env.checkpoint(), "agent": agent.checkpoint(), "buffer": buffer.checkpoint()}
+                data = {"format": CHECKPOINT_FORMAT, "step": done, "log": log.state_dict(), **parts}
+                save_file(data, run_dir / "checkpoint.pt", keep_previous=True)
             if stop.number and not last:
-                bar.close()
-                print(f"stopped at step {done}, everything is saved; continue with\n  {resume_command}")
+                log.close()
+                print(f"stopped at step {done}, everything is saved; continue with\n  {continue_with}")
                 return 128 + stop.number
     except OSError as error:
-        raise RunError(
-            f"{run_dir} cannot be written ({error.strerror or error}); mend that and continue from the last checkpoint"
-            f" with: {resume_command}"
-        ) from None
+        reason = f"{run_dir} cannot be written ({error.strerror or error})"
+        raise RunError(f"{reason}; mend that, then continue from the last checkpoint: {continue_with}") from None
     except RunError as error:
         raise RunError(f"{error}; rows, policy and checkpoint from before are in {run_dir}") from None
     finally:
-        bar.close()
-        writer.close()
+        log.close()
         lock.release()
-    print(f"evaluation return {row['eval_return_mean']:.1f} +- {row['eval_return_std']:.1f} after {done} steps")
+    print(f"evaluation return {result['returns'].mean():.1f} +- {result['returns'].std():.1f} after {done} steps")
     print(f"  run folder  {run_dir}")
     print(f"  curves      tensorboard --logdir {shlex.quote(str(run_dir))}")
     print(f"  policy      python {sys.argv[0]} --evaluate {shlex.quote(str(run_dir))}")
     return 0
-
-
-ROW_METRICS = ("critic_loss", "actor_loss", "q_values", "entropy", "temperature")
 
 
 def evaluate_policy(args: Args) -> int:
