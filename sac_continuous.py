@@ -1070,9 +1070,9 @@ def evaluate_policy(args: Args) -> int:
     return 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     try:
-        args = parse_args()
+        args = parse_args(argv)
         return evaluate_policy(args) if args.evaluate else train(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
