@@ -1,0 +1,81 @@
+"""Writes the Markdown table of results: final and best returns over seeds, speed, published numbers beside them.
+
+Example:
+    python benchmark/table.py runs/sac_mujoco > table.md
+
+Deviations are those over seeds (n - 1 in the divisor). "Final" is the last evaluation of each seed, "best" its highest.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from curves import Curve, Published, group, read_curves, read_published, without_version
+from display import duration
+from errors import Parser, run_main
+
+HEADER = ("Environment", "Program", "Seeds", "Steps", "Final return", "Best return", "Steps/s", "Wall time", "Protocol")
+OUR_PROTOCOL = "deterministic evaluation return"
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}"
+
+
+def whole(values: list[float]) -> str:
+    """One number, or the lowest and highest where they differ."""
+    low, high = f"{min(values):,.0f}", f"{max(values):,.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def steps_per_s(curve: Curve) -> float:
+    """Median over the second half of training, after learning has started; without that column the whole run's."""
+    if "steps_per_s" in curve.columns:
+        return float(np.median(curve["steps_per_s"][len(curve["step"]) // 2 :]))
+    return float(curve["step"][-1] / curve["wall_time_s"][-1])
+
+
+def row_of_runs(env_id: str, label: str, curves: list[Curve]) -> list[str]:
+    returns = [curve["eval_return_mean"] for curve in curves]
+    seconds = [float(curve["wall_time_s"][-1]) for curve in curves]
+    return [
+        env_id,
+        label,
+        str(len(curves)),
+        whole([curve["step"][-1] for curve in curves]),
+        spread([values[-1] for values in returns]),
+        spread([np.nanmax(values) for values in returns]),
+        f"{np.median([steps_per_s(curve) for curve in curves]):.0f}",
+        duration(float(np.mean(seconds))),
+        OUR_PROTOCOL,
+    ]
+
+
+def row_of_published(env_id: str, result: Published) -> list[str]:
+    deviation = "" if math.isnan(result.return_std) else f" ± {result.return_std:.1f}"
+    value = f"{result.return_mean:.1f}{deviation}"
+    best = result.protocol.startswith("max")  # the highest evaluation of a run rather than its last
+    source = f"[{result.source}]({result.url})"
+    final_and_best = ("", value) if best else (value, "")
+    return [env_id, source, "", f"{result.steps:,}", *final_and_best, "", "", result.protocol]
+
+
+def main() -> None:
+    parser = Parser("Write the Markdown table of final and best returns beside published numbers.")
+    parser.add_argument("paths", nargs="+", help="run folders, folders above them, LABEL_ENV_SEED.csv; or LABEL=PATH")
+    parser.add_argument(
+        "--published", type=Path, default=Path(__file__).with_name("published.csv"), help="CSV of published results"
+    )
+    args = parser.parse_args()
+    published = read_published(args.published)
+    rows = []
+    for env_id, by_label in group(read_curves(args.paths)).items():
+        rows += [row_of_runs(env_id, label, curves) for label, curves in by_label.items()]
+        rows += [row_of_published(env_id, result) for result in published if result.env == without_version(env_id)]
+    for row in (HEADER, ["---"] * len(HEADER), *rows):
+        print("|", " | ".join(cell.replace("|", "\\|") for cell in row), "|")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,84 @@
+"""Training processes: each ends when the process that started it ends, however that ends."""
+
+import ctypes
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
+TAIL_BYTES = 65536
+BAR = re.compile(r"(\d+)%\|")
+
+
+def start(
+    command: list[str], log: Path, death_signal: int, env: dict[str, str] | None = None, cpus: set[int] | None = None
+) -> subprocess.Popen:
+    """Starts it in a session of its own, so that a Ctrl-C in the terminal reaches only us, with output to the log.
+
+    death_signal: what it gets from the kernel if the calling thread ends first, even by SIGKILL (Linux alone).
+    env: set besides our own variables. cpus: the only ones it may run on.
+    """
+    parent = os.getpid()
+
+    def tie():
+        if LIBC:
+            LIBC.prctl(PR_SET_PDEATHSIG, death_signal)
+            if os.getppid() != parent:  # it ended before the line above
+                os._exit(128 + death_signal)
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        output.write(f"$ {shlex.join(command)}\n".encode())
+        output.flush()
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=tie,
+            env=os.environ | (env or {}),
+        )
+
+
+def send_signal(process: subprocess.Popen, number: int) -> None:
+    """To it and what it started. One SIGTERM lets it save and end, a second ends it at once."""
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+
+
+def kill(process: subprocess.Popen) -> None:
+    send_signal(process, signal.SIGKILL)
+    process.wait()
+
+
+def read_tail(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace").replace("\r", "\n")
+    except OSError:
+        return ""
+
+
+def last_attempt(log: Path) -> str:
+    return read_tail(log).rpartition("\n$ ")[2]
+
+
+def last_lines(log: Path, count: int = 10) -> list[str]:
+    """The end of what the last attempt wrote, without its command line and its progress bar."""
+    lines = last_attempt(log).splitlines()[1:]
+    return [line for line in lines if line.strip() and not BAR.search(line)][-count:]
+
+
+def fraction_done(log: Path) -> float:
+    """0 to 1, from the progress bar that every script prints; 0 if there is none yet."""
+    found = BAR.findall(last_attempt(log))
+    return int(found[-1]) / 100 if found else 0.0
