@@ -24,6 +24,7 @@ Writes a run folder, runs/ENV__EXP__SEED__TIME by default: args.json (settings),
 events.out.tfevents.* (TensorBoard), policy.pt (the policy alone) and checkpoint.pt (all that --resume needs).
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -666,9 +667,12 @@ class Agent(nn.Module):
         self.load_state_dict(saved["networks"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
-        for name, stream in self.streams.items():
-            stream.set_state(saved["streams"][name])
         self.num_critic_updates = saved["num_critic_updates"]
+        for name, stream in self.streams.items():
+            if stream.get_state().shape == saved["streams"][name].shape:
+                stream.set_state(saved["streams"][name])
+            else:  # from another kind of device: start a new sequence rather than the first one again
+                stream.manual_seed(stream.initial_seed() + self.num_critic_updates)
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -713,20 +717,31 @@ def evaluate(actor: Actor, envs: list[gym.Env], gamma: float = 1.0) -> dict[str,
 POLICY_FORMAT, CHECKPOINT_FORMAT = "policy/1", "sac-checkpoint/1"
 
 
-def save_file(data: dict, path: Path, keep_previous: bool = False) -> None:
-    """Writes beside, flushes, replaces: whenever this is cut off, a whole file stands at path or path.previous."""
+@contextlib.contextmanager
+def replacing(path: Path, keep_previous: bool = False):
+    """A binary file to write, which takes path's place once it is whole and on the disk.
+
+    Whenever this is cut off, path is the old file or the new one, or, with keep_previous, at least its
+    predecessor stands at STEM.previous.SUFFIX.
+    """
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch.save makes a RuntimeError of a full disk
+            raise error.__context__ from None
+        raise
     if keep_previous and path.exists():
         os.replace(path, path.with_suffix(".previous" + path.suffix))
     os.replace(beside, path)
 
 
 def load_file(path: Path, expected_format: str) -> dict:
-    """A file that save_file wrote. Runs no code from it. Raises UserError if it is damaged or something else."""
+    """A file that torch.save wrote. Runs no code from it. Raises UserError if it is damaged or something else."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch.load does not notice a flipped byte
@@ -758,7 +773,9 @@ def save_policy(actor: Actor, args: Args, env: gym.Env, path: Path) -> None:
     data |= {"obs_dim": env.observation_space.shape[0], "action_dim": bounds.shape[0]}
     settings = ("env_id", "env_kwargs", "max_episode_steps", *POLICY_SHAPE[2:])
     data |= {name: getattr(args, name) for name in settings}
-    save_file(data | {"state_dict": {name: value.cpu() for name, value in actor.state_dict().items()}}, path)
+    data["state_dict"] = {name: value.cpu() for name, value in actor.state_dict().items()}
+    with replacing(path) as file:
+        torch.save(data, file)
 
 
 def load_policy(path: str) -> dict:
@@ -783,10 +800,9 @@ def write_args(args: Args, run_dir: Path) -> None:
         revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         revision = None
-    text = json.dumps(dataclasses.asdict(args) | {"versions": versions, "git_revision": revision}, indent=2)
-    beside = run_dir / "args.json.tmp"
-    beside.write_text(text + "\n")
-    os.replace(beside, run_dir / "args.json")
+    data = dataclasses.asdict(args) | {"versions": versions, "git_revision": revision}
+    with replacing(run_dir / "args.json") as file:
+        file.write(json.dumps(data, indent=2).encode() + b"\n")
 
 
 def read_args(run_dir: Path) -> Args:
@@ -809,9 +825,8 @@ def cut_rows(path: Path, last_step: int) -> None:
     """Drops the rows of progress.csv after last_step, and one that was cut off in the middle of a line."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(lines[:1] + rows if rows else []))
-    os.replace(beside, path)
+    with replacing(path) as file:
+        file.write("".join(lines[:1] + rows if rows else []).encode())
 
 
 def open_run_dir(args: Args) -> tuple[Path, filelock.FileLock]:
@@ -820,7 +835,9 @@ def open_run_dir(args: Args) -> tuple[Path, filelock.FileLock]:
     name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}"
     run_dir = Path(args.resume or args.run_dir or Path("runs", name))
     try:
-        if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        leftovers = {".lock", "args.json.tmp"}  # of a run killed before it wrote anything
+        taken = run_dir.exists() and (not run_dir.is_dir() or any(p.name not in leftovers for p in run_dir.iterdir()))
+        if taken and not args.resume:
             raise UserError(f"--run-dir {run_dir}: exists already; resume it with --resume {run_dir} or name another")
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock")
@@ -907,7 +924,7 @@ class RunLog:
         self.started = time.perf_counter() - saved["wall_time_s"]
         self.csv_path = run_dir / "progress.csv"
         cut_rows(self.csv_path, step)
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step)
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
         interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets a line now and then
         self.bar = tqdm(total=args.total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=interval)
         self.shown = {}
@@ -942,6 +959,8 @@ class RunLog:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint may not outlive the rows before it
         self.scalars("evaluation", row, step)
         self.show(eval_return=f"{row['eval_return_mean']:.1f}")
         self.returns, self.lengths = [], []
@@ -959,7 +978,7 @@ class RunLog:
         self.shown |= shown
         self.bar.set_postfix(self.shown, refresh=False)
 
-    def state_dict(self) -> dict:
+    def checkpoint(self) -> dict:
         wall_time_s = time.perf_counter() - self.started
         returns = {"train_returns": self.returns, "train_lengths": self.lengths}
         return {"episodes": self.episodes, "wall_time_s": wall_time_s, **returns}
@@ -990,13 +1009,18 @@ def train(args: Args) -> int:
     continue_with = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
     first_step, saved_log = 0, None
     checkpoint = load_checkpoint(run_dir) if args.resume else None
+    arithmetic = f"--device {device} with {torch.get_num_threads()} threads"
     if checkpoint:
+        if checkpoint.get("arithmetic") != arithmetic:
+            change = f"{checkpoint.get('arithmetic')} before, {arithmetic} now"
+            print(f"warning: {change}: results will differ in the last bits", file=sys.stderr)
         try:
             first_step, saved_log = checkpoint["step"], checkpoint["log"]
             for name, part in (("env", env), ("agent", agent), ("buffer", buffer)):
                 part.load_checkpoint(checkpoint.pop(name))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"--resume {run_dir}: its checkpoint does not fit its args.json ({error})") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--resume {run_dir}: its checkpoint does not fit its args.json ({reason})") from None
     if first_step >= args.total_steps:
         print(f"{run_dir} is finished: {first_step} steps; a larger --total-steps continues it")
         return 0
@@ -1035,8 +1059,9 @@ def train(args: Args) -> int:
             if done % args.checkpoint_every == 0 or last or stop.number:
                 check_finite(step, **metrics, **dict(agent.named_parameters()))
                 parts = {"env": env.checkpoint(), "agent": agent.checkpoint(), "buffer": buffer.checkpoint()}
-                data = {"format": CHECKPOINT_FORMAT, "step": done, "log": log.state_dict(), **parts}
-                save_file(data, run_dir / "checkpoint.pt", keep_previous=True)
+                parts |= {"step": done, "log": log.checkpoint(), "arithmetic": arithmetic}
+                with replacing(run_dir / "checkpoint.pt", keep_previous=True) as file:
+                    torch.save({"format": CHECKPOINT_FORMAT, **parts}, file)
             if stop.number and not last:
                 log.close()
                 print(f"stopped at step {done}, everything is saved; continue with\n  {continue_with}")
@@ -1080,6 +1105,8 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
