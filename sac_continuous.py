@@ -335,14 +335,7 @@ class Actor(nn.Module):
     """
 
     def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        hidden_size: int = 256,
-        num_layers: int = 2,
-        activation: str = "relu",
-        actor_std: str | float = "state",
-        squash: bool = True,
+        self, obs_dim, action_dim, hidden_size=256, num_layers=2, activation="relu", actor_std="state", squash=True
     ):
         super().__init__()
         sizes = [obs_dim, *[hidden_size] * num_layers]
@@ -588,7 +581,7 @@ class Agent(nn.Module):
     def update(self, buffer: ReplayBuffer, progress: float) -> dict[str, torch.Tensor]:
         """num_critic_updates critic updates on fresh batches, then one of the actor and one of the temperature.
 
-        progress: the share of the run that is over, for the learning rates. Returns scalars to log.
+        progress: the share of the run that is over, for the learning rates. Returns tensors whose means are logged.
         """
         if self.args.lr_schedule == "linear":
             for name, optimizer in self.optimizers.items():
@@ -615,7 +608,7 @@ class Agent(nn.Module):
         q = self.critic(obs, action)  # (num_critics, batch)
         loss = critic_loss(q, target)
         gradient_step(self.optimizers["critic"], loss)
-        metrics = {"critic_loss": loss.detach(), "q_values": q.detach().mean()}
+        metrics = {"critic_loss": loss.detach(), "q_values": q.detach(), "target_values": target}
 
         if kind == "value":  # V(s) regresses on min_j Q_j(s, a) - temperature log pi(a|s) (2018a, eq. 5)
             with torch.no_grad():
@@ -653,7 +646,14 @@ class Agent(nn.Module):
         if self.learned_temperature:
             loss_of_temperature = temperature_loss(self.log_temperature, log_prob, self.target_entropy)
             gradient_step(self.optimizers["temperature"], loss_of_temperature)
-        return {"actor_loss": loss.detach(), "entropy": -log_prob.mean(), "temperature": temperature}
+        metrics = {"actor_loss": loss.detach(), "entropy": -log_prob, "temperature": temperature}
+        return metrics | {"policy_std": log_std.detach().exp(), "action_saturation": action.detach().abs() > 0.99}
+
+    def gradient_norms(self) -> dict[str, torch.Tensor]:
+        """Of the last update, by network."""
+        gradients = {name: [p.grad for p in o.param_groups[0]["params"]] for name, o in self.optimizers.items()}
+        norm = torch.nn.utils.get_total_norm
+        return {f"{name}_gradient_norm": norm(g) for name, g in gradients.items() if g[0] is not None}
 
     def checkpoint(self) -> dict:
         return {
@@ -703,13 +703,8 @@ def evaluate(actor: Actor, envs: list[gym.Env], gamma: float = 1.0) -> dict[str,
             if not (terminated or truncated):
                 still_running.append(i)
         running = np.array(still_running, dtype=int)
-    return {
-        "returns": returns,
-        "lengths": lengths,
-        "discounted_returns": discounted,
-        "first_obs": first_obs,
-        "first_action": first_action,
-    }
+    result = {"returns": returns, "lengths": lengths, "discounted_returns": discounted}
+    return result | {"first_obs": first_obs, "first_action": first_action}
 
 
 # --------------------------------------------------------------------------------------------- saving and loading
@@ -915,6 +910,10 @@ def check_finite(step: int, **quantities) -> None:
             raise RunError(f"stopped at step {step}: {name} became NaN or infinite")
 
 
+def mean_of(value: torch.Tensor | float) -> float:
+    return torch.as_tensor(value, dtype=torch.float32).mean().item()
+
+
 class RunLog:
     """progress.csv, TensorBoard and the progress bar of a run, from its first step or from the one it resumes at."""
 
@@ -937,6 +936,13 @@ class RunLog:
         self.show(train_return=f"{episode_return:.1f}")
         self.scalars("train", {"return": episode_return, "length": length}, step)
 
+    def learning(self, step: int, agent: Agent, metrics: dict) -> None:
+        """What a person debugs with, of the last update."""
+        self.scalars("learning", metrics | agent.gradient_norms(), step)
+        if metrics:
+            self.scalars("learning", {"q_values_std": metrics["q_values"].std()}, step)
+        self.scalars("speed", {"steps_per_s": self.steps_per_s(step)}, step)
+
     def evaluation(self, step: int, result: dict, metrics: dict, q_mean: float, steps_per_s: float) -> None:
         """Writes a row of progress.csv. result is what evaluate returned, metrics the last update's."""
         row = {
@@ -950,7 +956,7 @@ class RunLog:
             "episodes": self.episodes,
         }
         for name in ("critic_loss", "actor_loss", "q_values", "entropy", "temperature"):
-            row[name] = float(metrics.get(name, math.nan))
+            row[name] = mean_of(metrics.get(name, math.nan))
         row["eval_q_mean"] = q_mean
         row["eval_discounted_return_mean"] = result["discounted_returns"].mean()
         row["steps_per_s"] = steps_per_s
@@ -972,7 +978,7 @@ class RunLog:
 
     def scalars(self, group: str, values: dict, step: int) -> None:
         for name, value in values.items():
-            self.tensorboard.add_scalar(f"{group}/{name}", float(value), step)
+            self.tensorboard.add_scalar(f"{group}/{name}", mean_of(value), step)
 
     def show(self, **shown: str) -> None:
         self.shown |= shown
@@ -1048,7 +1054,7 @@ def train(args: Args) -> int:
             last = done == args.total_steps
             if done % args.log_every == 0:
                 check_finite(step, **metrics)
-                log.scalars("learning", metrics, done)
+                log.learning(done, agent, metrics)
             if done % args.eval_every == 0 or last:
                 check_finite(step, **metrics, **dict(agent.named_parameters()))
                 steps_per_s = log.steps_per_s(done)
