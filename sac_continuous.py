@@ -3,7 +3,9 @@
 # dependencies = [
 #     "filelock==4.2.11",
 #     "gymnasium[mujoco]==1.4.0",
+#     "moviepy==2.2.1",
 #     "numpy==2.4.6",
+#     "pillow==11.3.0",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
@@ -21,7 +23,8 @@ Example:
     python sac_continuous.py --env-id HalfCheetah-v4 --temperature 0.2
 
 Writes a run folder, runs/ENV__EXP__SEED__TIME by default: args.json (settings), progress.csv (a row per evaluation),
-events.out.tfevents.* (TensorBoard), policy.pt (the policy alone) and checkpoint.pt (all that --resume needs).
+events.out.tfevents.* (TensorBoard), policy.pt (the policy alone), checkpoint.pt (all that --resume needs) and, with
+--capture-video, videos/*.mp4.
 """
 
 import contextlib
@@ -30,6 +33,7 @@ import csv
 import dataclasses
 import difflib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -47,10 +51,13 @@ from typing import Literal
 
 import filelock
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image, ImageDraw, ImageFont
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -78,6 +85,8 @@ class Args:
     """auto, cpu, cuda or cuda:N"""
     torch_threads: int = 0
     """CPU threads for PyTorch; 0 leaves its default"""
+    matmul_precision: Literal["exact", "bf16", "tf32"] = "exact"
+    """of matrix products; bf16: CPUs with AMX, tf32: NVIDIA GPUs"""
 
     total_steps: int = 1_000_000
     """environment steps"""
@@ -140,11 +149,21 @@ class Args:
     """steps between TensorBoard points"""
     checkpoint_every: int = 10_000
     """steps between checkpoints; the last step always has one"""
+    capture_video: bool = False
+    """record evaluation episodes as mp4"""
+    video_every: int = 10
+    """evaluations between recordings; the last one is always recorded"""
+    video_episodes: int = 1
+    """episodes of a recording"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
 
 
 # What --resume may change, and what --evaluate listens to.
-RESUME_MAY_CHANGE = {"resume", "eval_every", "eval_episodes", "total_steps", "device", "torch_threads"}
+RESUME_MAY_CHANGE = {"resume", "total_steps", "eval_every", "eval_episodes", "device", "torch_threads"}
+RESUME_MAY_CHANGE |= {"capture_video", "video_every", "video_episodes"}
 EVALUATE_USES = {"evaluate", "env_id", "env_kwargs", "max_episode_steps", "eval_episodes", "device", "torch_threads"}
+EVALUATE_USES |= {"capture_video", "video_episodes", "render"}
 
 
 class UserError(Exception):
@@ -163,6 +182,7 @@ def check_args(args: Args) -> None:
     """Raises UserError for numbers out of range and for settings that contradict each other."""
     counts = "total_steps batch_size buffer_size num_actor_samples num_critics num_critic_updates target_update_period"
     counts += " hidden_size num_layers eval_every eval_episodes log_every checkpoint_every max_episode_steps"
+    counts += " video_every video_episodes"
     ranges = [
         ("at least 1", lambda x: x >= 1, counts),
         ("0 or more", lambda x: 0 <= x < 2**63, "seed random_steps learning_starts torch_threads"),
@@ -180,6 +200,7 @@ def check_args(args: Args) -> None:
 
     fixed = args.temperature != "auto"
     constant_entropy = not args.squash and isinstance(args.actor_std, float)
+    silent = not args.capture_video
     double_q, redq = args.critic_backup == "double-q", args.critic_backup == "redq"
     contradictions = [
         ("learning_starts total_steps", args.learning_starts >= args.total_steps, "nothing would be learned"),
@@ -197,6 +218,10 @@ def check_args(args: Args) -> None:
         ),
         ("actor_std temperature", constant_entropy and not fixed, "without --squash the entropy is then constant"),
         ("critic_backup num_critics", double_q and args.num_critics != 2, "double-q takes exactly 2"),
+        ("video_every capture_video", silent and args.video_every != Args.video_every, "nothing is recorded"),
+        ("video_episodes capture_video", silent and args.video_episodes != Args.video_episodes, "nothing is recorded"),
+        ("render evaluate", args.render and not args.evaluate, "a window shows evaluations of --evaluate"),
+        ("render capture_video", args.render and args.capture_video, "show or record"),
         ("critic_backup num_critics", redq and args.num_critics < 2, "redq takes at least 2"),
     ]
     for names, wrong, why in contradictions:
@@ -239,10 +264,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # ---------------------------------------------------------------------------------------------------- environment
 
 
-def make_env(args: Args) -> gym.Env:
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The environment with actions in [-1, 1]^action_dim, rescaled to its own bounds. Raises UserError."""
-    import mujoco
-
+    if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # the way to draw without a display
     # A user can act on neither: MuJoCo's remarks on Gymnasium's model files (which it also writes to MUJOCO_LOG.TXT)
     # and Gymnasium's advice to take another version of the environment than the one asked for.
     mujoco.set_mju_user_warning(lambda message: None)
@@ -254,6 +279,8 @@ def make_env(args: Args) -> gym.Env:
             raise ValueError("not an object")
     except ValueError as error:
         raise UserError(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})") from None
+    if render_mode:
+        kwargs["render_mode"] = render_mode
     try:
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps, **kwargs)
     except gym.error.UnregisteredEnv:
@@ -271,6 +298,28 @@ def make_env(args: Args) -> gym.Env:
         raise UserError(f"--env-id {args.env_id}: actions are {action_space}; supported are flat bounded Box actions")
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return env if args.squash else gym.wrappers.ClipAction(env)
+
+
+class FrameText(gym.Wrapper):
+    """Writes the step, its reward and the return so far on each frame."""
+
+    def reset(self, **kwargs):
+        self.steps, self.reward, self.episode_return = 0, 0.0, 0.0
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.steps, self.reward = self.steps + 1, float(result[1])
+        self.episode_return += self.reward
+        return result
+
+    def render(self) -> np.ndarray:
+        """The frame, (height, width, 3) bytes."""
+        image = Image.fromarray(self.env.render())
+        text = f"step {self.steps}   reward {self.reward:.2f}   return {self.episode_return:.1f}"
+        font = ImageFont.load_default(size=image.width / 24)
+        ImageDraw.Draw(image).text((10, 8), text, "white", font, stroke_width=2, stroke_fill="black")
+        return np.asarray(image)
 
 
 class TrainingEnv:
@@ -677,17 +726,19 @@ class Agent(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- evaluation
 
-EVALUATION_SEED = 1_000  # episode i of every evaluation of every run starts from the seed EVALUATION_SEED + i
+EVALUATION_SEED = 1_000  # of the first episode of every evaluation of every run
 
 
 @torch.no_grad()
-def evaluate(actor: Actor, envs: list[gym.Env], gamma: float = 1.0) -> dict[str, np.ndarray]:
+def evaluate(actor: Actor, envs: list[gym.Env], gamma: float = 1.0, first: int = 0) -> dict[str, np.ndarray]:
     """One episode of the mean action in each environment, side by side so that the network sees them as a batch.
 
-    Returns, per episode: returns, lengths, discounted_returns, first_obs and first_action.
+    Episode i starts from the seed EVALUATION_SEED + first + i. Returns, per episode: returns, lengths,
+    discounted_returns, first_obs and first_action.
     """
     device = next(actor.parameters()).device
-    obs = np.stack([env.reset(seed=EVALUATION_SEED + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
+    seed = EVALUATION_SEED + first
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
     first_obs, first_action = obs.copy(), None
     returns, discounted, lengths = np.zeros(len(envs)), np.zeros(len(envs)), np.zeros(len(envs), dtype=int)
     running = np.arange(len(envs))
@@ -705,6 +756,34 @@ def evaluate(actor: Actor, envs: list[gym.Env], gamma: float = 1.0) -> dict[str,
         running = np.array(still_running, dtype=int)
     result = {"returns": returns, "lengths": lengths, "discounted_returns": discounted}
     return result | {"first_obs": first_obs, "first_action": first_action}
+
+
+def make_drawn_env(args: Args) -> gym.Env:
+    """An environment to record. Raises UserError if nothing can be drawn here."""
+    env = FrameText(make_env(args, render_mode="rgb_array"))
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # every simulator has its own way to say that it cannot draw
+        needs = "MuJoCo needs OpenGL (Debian, Ubuntu: apt-get install libegl1 libgl1)"
+        reason = " ".join(str(error).split())
+        raise UserError(f"--capture-video: {args.env_id} cannot be drawn ({reason}); {needs}") from None
+    return env
+
+
+def record_video(actor: Actor, args: Args, folder: Path, name: str) -> list[np.ndarray]:
+    """Plays the first evaluation episodes again, into folder/NAME-*.mp4. Returns the frames of the first.
+
+    Its environments are its own, so that recording changes nothing else.
+    """
+    frames = []
+    for i in range(args.video_episodes):
+        env = make_drawn_env(args)
+        env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda _: True, name_prefix=f"{name}-{i}")
+        evaluate(actor, [env], first=i)
+        frames = frames or list(env.recorded_frames)
+        env.close()
+    return frames
 
 
 # --------------------------------------------------------------------------------------------- saving and loading
@@ -878,13 +957,19 @@ def pick_device(args: Args) -> torch.device:
     return device
 
 
-def use_fast_float32() -> None:
-    """On AMD CPUs, sends matrix products to oneDNN instead of MKL: 1.7 times the updates a second, still float32.
-
-    PyTorch does so only where bfloat16 is allowed, which oneDNN makes use of on CPUs with AMX alone.
-    """
+def set_matmul_precision(args: Args, device: torch.device) -> None:
+    """Raises UserError for a precision that the device does not have."""
     cpu = torch.cpu.get_capabilities()
-    if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
+    precision, has_amx = args.matmul_precision, cpu.get("amx_bf16", False)
+    if (precision == "bf16" and not (device.type == "cpu" and has_amx)) or (
+        precision == "tf32" and device.type != "cuda"
+    ):
+        raise UserError(f"--matmul-precision {precision}: not on this {device.type}; take exact")
+    if precision == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    # PyTorch hands float32 products to oneDNN, not to MKL, where bfloat16 is allowed. Without AMX oneDNN makes no use
+    # of that permission and stays in float32, on AMD 1.7 times the updates a second of MKL.
+    if precision == "bf16" or (cpu.get("cpu_name", "").startswith("AMD") and not has_amx):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
@@ -972,6 +1057,16 @@ class RunLog:
         self.returns, self.lengths = [], []
         self.row_step, self.row_time = step, time.perf_counter()
 
+    def video(self, step: int, frames: list[np.ndarray]) -> None:
+        """Every fourth frame at half size as a GIF, which TensorBoard plays among its images."""
+        images = [Image.fromarray(frame).reduce(2) for frame in frames[::4]]
+        gif = io.BytesIO()
+        images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
+        width, height = images[0].size
+        image = Summary.Image(encoded_image_string=gif.getvalue(), height=height, width=width, colorspace=3)
+        summary = Summary(value=[Summary.Value(tag="evaluation/video", image=image)])
+        self.tensorboard.file_writer.add_summary(summary, step)
+
     def steps_per_s(self, step: int) -> float:
         """Of training alone: since the end of the last evaluation."""
         return (step - self.row_step) / (time.perf_counter() - self.row_time)
@@ -999,8 +1094,8 @@ def train(args: Args) -> int:
     stop = StopSignal()
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
-    use_fast_float32()
     device = pick_device(args)
+    set_matmul_precision(args, device)
     env = TrainingEnv(args)
     eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
     obs_dim, action_dim = env.env.observation_space.shape[0], env.env.action_space.shape[0]
@@ -1011,6 +1106,8 @@ def train(args: Args) -> int:
     except RuntimeError:
         raise UserError(f"--buffer-size {args.buffer_size}: does not fit into memory; take a smaller one") from None
 
+    if args.capture_video:
+        make_drawn_env(args).close()
     run_dir, lock = open_run_dir(args)
     continue_with = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
     first_step, saved_log = 0, None
@@ -1062,6 +1159,8 @@ def train(args: Args) -> int:
                 q_mean = agent.q_mean(result["first_obs"], result["first_action"])
                 log.evaluation(done, result, metrics, q_mean, steps_per_s)
                 save_policy(agent.actor, args, eval_envs[0], run_dir / "policy.pt")
+                if args.capture_video and (done // args.eval_every % args.video_every == 0 or last):
+                    log.video(done, record_video(agent.actor, args, run_dir / "videos", f"step{done}"))
             if done % args.checkpoint_every == 0 or last or stop.number:
                 check_finite(step, **metrics, **dict(agent.named_parameters()))
                 parts = {"env": env.checkpoint(), "agent": agent.checkpoint(), "buffer": buffer.checkpoint()}
@@ -1088,7 +1187,7 @@ def train(args: Args) -> int:
 
 
 def evaluate_policy(args: Args) -> int:
-    """--evaluate: prints the mean and standard deviation of the mean action's return."""
+    """--evaluate: prints the mean and standard deviation of the mean action's return, shows or records episodes."""
     policy = load_policy(args.evaluate)
     args = dataclasses.replace(args, squash=policy["squash"])
     envs = [make_env(args) for _ in range(args.eval_episodes)]
@@ -1096,8 +1195,18 @@ def evaluate_policy(args: Args) -> int:
     for name, size in sizes.items():
         if policy[name] != size:
             raise UserError(f"{args.evaluate}: its {name} is {policy[name]}, that of {args.env_id} is {size}")
-    returns = evaluate(policy["actor"].to(pick_device(args)), envs)["returns"]
+    actor = policy["actor"].to(pick_device(args))
+    if args.render:
+        window = [make_env(args, render_mode="human")]
+        returns = np.concatenate([evaluate(actor, window, first=i)["returns"] for i in range(args.eval_episodes)])
+    else:
+        returns = evaluate(actor, envs)["returns"]
     print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
+    if args.capture_video:
+        path = Path(args.evaluate)
+        folder = (path if path.is_dir() else path.parent) / "videos"
+        record_video(actor, args, folder, "evaluate")
+        print(f"videos in {folder}")
     return 0
 
 

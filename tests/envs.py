@@ -1,5 +1,7 @@
 """Small environments of the tests' own, made by --env-id envs:NAME-v0."""
 
+from typing import ClassVar
+
 import gymnasium as gym
 import numpy as np
 
@@ -48,6 +50,17 @@ class Tiny(gym.Env):
         return obs, reward, self.length is not None and self.t >= self.length, False, {}
 
 
+class Drawn(Tiny):
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((120, 240, 3), 40 + 5 * self.t, np.uint8)
+
+
 class Space(gym.Env):
     """Of the wrong kind in one of its spaces."""
 
@@ -69,5 +82,6 @@ class Broken(gym.Env):
 
 
 gym.register("Tiny-v0", Tiny, max_episode_steps=20)
+gym.register("Drawn-v0", Drawn, max_episode_steps=20)
 gym.register("Space-v0", Space)
 gym.register("Broken-v0", Broken)

@@ -11,9 +11,12 @@ import time
 import tomllib
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from moviepy import VideoFileClip
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import envs
 import sac_continuous as sac
@@ -229,6 +232,10 @@ BAD_INPUT = [
     ("--no-squash --actor-std 0.1", "--actor-std 0.1 and --temperature auto"),
     ("--critic-backup double-q --num-critics 3", "--critic-backup double-q and --num-critics 3"),
     ("--critic-backup redq --num-critics 1", "--critic-backup redq and --num-critics 1"),
+    ("--video-every 3", "--video-every 3 and --capture-video False"),
+    ("--video-episodes 3", "--video-episodes 3 and --capture-video False"),
+    ("--render", "--render True and --evaluate None"),
+    ("--matmul-precision tf32 --device cpu", "--matmul-precision tf32"),
     ("--resume nosuchfolder", "nosuchfolder"),
     ("--evaluate nosuchfile", "nosuchfile"),
     ("--evaluate nosuchfile --resume nosuchfolder", "--resume and --evaluate"),
@@ -370,7 +377,7 @@ def test_inline_metadata_has_the_pins_of_requirements_txt(script):
     pins = set((ROOT / "requirements.txt").read_text().split())
     assert metadata["requires-python"] == ">=3.11"
     assert set(metadata["dependencies"]) <= pins
-    imported = {"torch", "gymnasium[mujoco]", "numpy", "tyro", "tensorboard", "tqdm", "filelock"}
+    imported = {"torch", "gymnasium[mujoco]", "numpy", "tyro", "tensorboard", "tqdm", "filelock", "moviepy", "pillow"}
     assert imported <= {pin.split("==")[0] for pin in metadata["dependencies"]}
 
 
@@ -386,3 +393,53 @@ def test_importing_the_script_has_no_side_effects(tmp_path):
 
 
 assert envs  # registers the environments in this process
+
+
+# --------------------------------------------------------------------------------------------------------- videos
+
+
+def test_recording_changes_nothing_and_makes_videos(tmp_path, capsys):
+    arguments = f"--env-id envs:Drawn-v0 {SMALL}"
+    assert run(tmp_path, arguments, "plain") == 0
+    assert run(tmp_path, f"{arguments} --capture-video --video-every 2 --video-episodes 2", "filmed") == 0
+    assert same_policy(tmp_path / "plain", tmp_path / "filmed")
+    assert untimed(tmp_path / "plain") == untimed(tmp_path / "filmed")
+    videos = sorted(path.name for path in (tmp_path / "filmed" / "videos").iterdir())
+    assert videos == [f"step{step}-{i}-episode-0.mp4" for step in (100, 120) for i in (0, 1)]
+    with VideoFileClip(str(tmp_path / "filmed" / "videos" / videos[0])) as clip:
+        assert clip.n_frames == 21
+    events = EventAccumulator(str(tmp_path / "filmed")).Reload()
+    assert [event.step for event in events.Images("evaluation/video")] == [100, 120]
+
+    assert sac.main(["--evaluate", str(tmp_path / "plain"), "--eval-episodes", "1", "--capture-video"]) == 0
+    assert (tmp_path / "plain" / "videos" / "evaluate-0-episode-0.mp4").stat().st_size > 1000
+
+
+def test_each_frame_carries_step_reward_and_return():
+    class Still(gym.Env):
+        observation_space = action_space = envs.BOX
+
+        def reset(self, **kwargs):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(1, np.float32), 1.5, False, False, {}
+
+        def render(self):
+            return np.zeros((100, 480, 3), np.uint8)
+
+    env = sac.FrameText(Still())
+    env.reset()
+    before = env.render()
+    env.step(None)
+    after = env.render()
+    assert before[:40].max() == 255  # white on black, at the top
+    assert before[40:].max() == 0
+    assert (before != after).any()
+    assert (env.steps, env.reward, env.episode_return) == (1, 1.5, 1.5)
+
+
+def test_an_environment_that_cannot_be_drawn(tmp_path, capsys):
+    assert run(tmp_path, f"--env-id envs:Tiny-v0 {SMALL} --capture-video") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
