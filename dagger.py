@@ -26,6 +26,7 @@ events.out.tfevents.* (TensorBoard), policy_iteration_N.pt (each iteration's pol
 checkpoint.pt (all that --resume needs).
 """
 
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -151,18 +152,13 @@ def check_args(args: Args) -> None:
             if isinstance(value, int | float) and not holds(value):
                 raise UserError(f"{flag(name)} {value}: must be {meaning}")
 
-    contradictions = [
-        ("batch_size buffer_size", args.batch_size > args.buffer_size, "the buffer must hold a batch"),
-        (
-            "expert_data expert",
-            args.expert_data and not args.expert,
-            "whoever made the data must label the learner's states, name that expert",
-        ),
-    ]
-    for names, wrong, why in contradictions:
-        if wrong:
-            pair = " and ".join(f"{flag(name)} {getattr(args, name)}" for name in names.split())
-            raise UserError(f"{pair} contradict each other: {why}")
+    if args.batch_size > args.buffer_size:
+        pair = f"--batch-size {args.batch_size} and --buffer-size {args.buffer_size}"
+        raise UserError(f"{pair} contradict each other: the buffer must hold a batch")
+    if args.expert_data and not args.expert:
+        raise UserError(
+            f"--expert-data {args.expert_data}: give --expert too, the policy that made it labels new states"
+        )
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -239,21 +235,19 @@ def rollout(act: Callable, envs: list[gym.Env], seeds: list[int]) -> list[dict[s
     terminations and truncations, (T,) each.
     """
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]).astype(np.float32)
-    steps = [{field: [] for field in FIELDS} for _ in envs]
+    steps = [[] for _ in envs]
     running = np.arange(len(envs))
     while len(running):
         actions = act(torch.from_numpy(obs[running])).numpy()
         still_running = []
         for i, action in zip(running, actions, strict=True):
             next_obs, reward, terminated, truncated, _ = envs[i].step(action)
-            row = (obs[i].copy(), action, reward, terminated, truncated)
-            for field, value in zip(FIELDS, row, strict=True):
-                steps[i][field].append(value)
+            steps[i].append((obs[i].copy(), action, reward, terminated, truncated))
             obs[i] = next_obs
             if not (terminated or truncated):
                 still_running.append(i)
         running = np.array(still_running, dtype=int)
-    return [{field: np.array(values) for field, values in episode.items()} for episode in steps]
+    return [dict(zip(FIELDS, map(np.array, zip(*episode, strict=True)), strict=True)) for episode in steps]
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -311,7 +305,13 @@ class Actor(nn.Module):
 # In memory, as for the networks, actions are in [-1, 1]^action_dim, or beyond where the demonstrator went beyond the
 # bounds; in files they are in the environment's own units.
 
-FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
+FIELDS = {
+    "observations": np.float32,
+    "actions": np.float32,
+    "rewards": np.float32,
+    "terminations": np.bool_,
+    "truncations": np.bool_,
+}
 MAX_DATA_BYTES = 2**34  # unpacked, so that a small file cannot fill the memory
 
 
@@ -320,6 +320,10 @@ def action_scale(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
     space = env.unwrapped.action_space
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     return (low + high) / 2, (high - low) / 2
+
+
+def join(episodes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
 
 
 class PickledDtype:
@@ -388,13 +392,13 @@ def unpickle(path: str):
 
 def numbers(path: str, where: str, value) -> np.ndarray:
     """A pickled array, or a list of numbers, as an array that holds numbers. Raises UserError."""
-    value = value.array if isinstance(value, PickledArray) else value
     try:
-        array = np.asarray(value)
-        assert array.dtype.kind in "fiub"
-        return array
-    except (ValueError, AssertionError):
-        raise UserError(f"{path}: {where} is not an array of numbers") from None
+        array = np.asarray(value.array if isinstance(value, PickledArray) else value)
+    except ValueError:  # lists of unequal lengths
+        array = None
+    if array is None or array.dtype.kind not in "fiub":
+        raise UserError(f"{path}: {where} is not an array of numbers")
+    return array
 
 
 def read_pickle(path: str, episode_limit: int | None) -> dict[str, np.ndarray]:
@@ -416,13 +420,13 @@ def read_pickle(path: str, episode_limit: int | None) -> dict[str, np.ndarray]:
         if lengths[0]:
             last = np.arange(lengths[0]) == lengths[0] - 1
             cut = last & (lengths[0] == episode_limit)
-            episodes.append([*arrays[:3], last & ~cut, cut])
+            episodes.append(dict(zip(FIELDS, [*arrays[:3], last & ~cut, cut], strict=True)))
     if not episodes:
         raise UserError(f"{path}: no demonstrations in it")
-    if sum(array.nbytes for arrays in episodes for array in arrays) > MAX_DATA_BYTES:
+    if sum(array.nbytes for episode in episodes for array in episode.values()) > MAX_DATA_BYTES:
         raise UserError(f"{path}: unpacks to more than {MAX_DATA_BYTES >> 30} GiB")
     try:
-        return {field: np.concatenate(parts) for field, parts in zip(FIELDS, zip(*episodes, strict=True), strict=True)}
+        return join(episodes)
     except ValueError as error:
         raise UserError(f"{path}: its trajectories do not fit each other ({error})") from None
 
@@ -455,7 +459,7 @@ def load_demonstrations(args: Args, env: gym.Env) -> dict[str, np.ndarray]:
     shapes = {field: array.shape for field, array in data.items()}
     if any(array.dtype.kind not in "fiub" for array in data.values()):
         raise UserError(f"{path}: holds arrays that are not numbers")
-    if any(len(shape) != (2 if field in FIELDS[:2] else 1) for field, shape in shapes.items()):
+    if any(len(shape) != (2 if field in ("observations", "actions") else 1) for field, shape in shapes.items()):
         raise UserError(f"{path}: observations and actions must have two dimensions, all else one; found {shapes}")
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise UserError(f"{path}: arrays of unequal lengths: {shapes}")
@@ -474,13 +478,13 @@ def load_demonstrations(args: Args, env: gym.Env) -> dict[str, np.ndarray]:
     num_trajectories = args.num_trajectories or len(ends)
     if num_trajectories > len(ends):
         raise UserError(f"--num-trajectories {num_trajectories}: {path} has {len(ends)}")
-    for field in FIELDS:
-        dtype = bool if field in ("terminations", "truncations") else np.float32
+    for field, dtype in FIELDS.items():
         data[field] = data[field][: ends[num_trajectories - 1]].astype(dtype, copy=False)
         if not np.isfinite(data[field]).all():
             raise UserError(f"{path}: NaN or infinity in its {field}")
     centre, half_width = action_scale(env)
-    data["actions"] = (data["actions"] - centre) / half_width
+    data["actions"] -= centre
+    data["actions"] /= half_width
     return data
 
 
@@ -488,8 +492,7 @@ def demonstrate(expert: nn.Module, env: gym.Env, args: Args) -> dict[str, np.nda
     """Demonstrations by the expert's mean action: as many episodes as --num-trajectories, 2 by default."""
     count = args.num_trajectories or 2
     seeds = torch.randint(2**31, (count,), generator=stream(DEMONSTRATIONS, args.seed)).tolist()
-    episodes = [rollout(policy_of(expert), [env], [seed])[0] for seed in seeds]
-    return {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
+    return join([rollout(policy_of(expert), [env], [seed])[0] for seed in seeds])
 
 
 class DataSet:
@@ -710,20 +713,31 @@ def rollouts(actor: Actor, expert: nn.Module, env: gym.Env, args: Args, iteratio
 POLICY_FORMAT, CHECKPOINT_FORMAT = "policy/1", "dagger-checkpoint/1"
 
 
-def save_file(data: dict, path: Path, keep_previous: bool = False) -> None:
-    """Writes beside, flushes, replaces: whenever this is cut off, a whole file stands at path or path.previous."""
+@contextlib.contextmanager
+def replacing(path: Path, keep_previous: bool = False):
+    """A binary file to write, which takes path's place once it is whole and on the disk.
+
+    Whenever this is cut off, path is the old file or the new one, or, with keep_previous, at least its
+    predecessor stands at STEM.previous.SUFFIX.
+    """
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch.save makes a RuntimeError of a full disk
+            raise error.__context__ from None
+        raise
     if keep_previous and path.exists():
         os.replace(path, path.with_suffix(".previous" + path.suffix))
     os.replace(beside, path)
 
 
 def load_file(path: Path, expected_format: str) -> dict:
-    """A file that save_file wrote. Runs no code from it. Raises UserError if it is damaged or something else."""
+    """A file that torch.save wrote. Runs no code from it. Raises UserError if it is damaged or something else."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch.load does not notice a flipped byte
@@ -755,7 +769,9 @@ def save_policy(actor: Actor, args: Args, env: gym.Env, path: Path) -> None:
     data |= {"obs_dim": env.observation_space.shape[0], "action_dim": bounds.shape[0]}
     settings = ("env_id", "env_kwargs", "max_episode_steps", "hidden_size", "num_layers", "activation")
     data |= {name: getattr(args, name) for name in settings} | {"actor_std": "shared", "squash": False}
-    save_file(data | {"state_dict": {name: value.cpu() for name, value in actor.state_dict().items()}}, path)
+    data["state_dict"] = {name: value.cpu() for name, value in actor.state_dict().items()}
+    with replacing(path) as file:
+        torch.save(data, file)
 
 
 def load_policy(path: str) -> dict:
@@ -780,10 +796,9 @@ def write_args(args: Args, run_dir: Path) -> None:
         revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         revision = None
-    text = json.dumps(dataclasses.asdict(args) | {"versions": versions, "git_revision": revision}, indent=2)
-    beside = run_dir / "args.json.tmp"
-    beside.write_text(text + "\n")
-    os.replace(beside, run_dir / "args.json")
+    data = dataclasses.asdict(args) | {"versions": versions, "git_revision": revision}
+    with replacing(run_dir / "args.json") as file:
+        file.write(json.dumps(data, indent=2).encode() + b"\n")
 
 
 def read_args(run_dir: Path) -> Args:
@@ -806,9 +821,8 @@ def cut_rows(path: Path, last_step: int) -> None:
     """Drops the rows of progress.csv after last_step, and one that was cut off in the middle of a line."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(lines[:1] + rows if rows else []))
-    os.replace(beside, path)
+    with replacing(path) as file:
+        file.write("".join(lines[:1] + rows if rows else []).encode())
 
 
 def open_run_dir(args: Args) -> tuple[Path, filelock.FileLock]:
@@ -817,7 +831,9 @@ def open_run_dir(args: Args) -> tuple[Path, filelock.FileLock]:
     name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}"
     run_dir = Path(args.resume or args.run_dir or Path("runs", name))
     try:
-        if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        leftovers = {".lock", "args.json.tmp"}  # of a run killed before it wrote anything
+        taken = run_dir.exists() and (not run_dir.is_dir() or any(p.name not in leftovers for p in run_dir.iterdir()))
+        if taken and not args.resume:
             raise UserError(f"--run-dir {run_dir}: exists already; resume it with --resume {run_dir} or name another")
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock")
@@ -947,6 +963,8 @@ class RunLog:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint may not outlive the rows before it
         self.scalars("evaluation", row, step)
         self.bar.set_postfix({"eval_return": f"{row['eval_return_mean']:.1f}"}, refresh=False)
         self.returns = []
@@ -955,7 +973,7 @@ class RunLog:
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{group}/{name}", float(value), step)
 
-    def state_dict(self) -> dict:
+    def checkpoint(self) -> dict:
         counts = {"env_steps": self.env_steps, "expert_queries": self.expert_queries}
         return counts | {"expert_return": self.expert_return, "wall_time_s": time.perf_counter() - self.started}
 
@@ -993,7 +1011,11 @@ def train(args: Args) -> int:
     run_dir, lock = open_run_dir(args)
     continue_with = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
     first_iteration, saved_log = 0, None
+    arithmetic = f"--device {device} with {torch.get_num_threads()} threads"
     if checkpoint:
+        if checkpoint.get("arithmetic") != arithmetic:
+            change = f"{checkpoint.get('arithmetic')} before, {arithmetic} now"
+            print(f"warning: {change}: results will differ in the last bits", file=sys.stderr)
         try:
             first_iteration, saved_log = checkpoint["iteration"] + 1, checkpoint["log"]
             actor.load_state_dict(checkpoint["actor"])
@@ -1006,7 +1028,7 @@ def train(args: Args) -> int:
         return 0
     write_args(dataclasses.replace(args, run_dir=str(run_dir), resume=None, device=str(device)), run_dir)
     if not saved_log:
-        expert_return = evaluate(expert, eval_envs)["returns"].mean()
+        expert_return = float(evaluate(expert, eval_envs)["returns"].mean())
         saved_log = {"expert_return": expert_return, "wall_time_s": 0.0, "env_steps": 0, "expert_queries": 0}
     step = first_iteration * args.train_steps_per_iteration
     log = RunLog(args, run_dir, step, saved_log)
@@ -1041,9 +1063,10 @@ def train(args: Args) -> int:
             log.evaluation(step, iteration, result, sampled, float(loss_sum) / args.train_steps_per_iteration)
             for name in (f"policy_iteration_{iteration}.pt", "policy.pt"):
                 save_policy(actor, args, env, run_dir / name)
-            parts = {"actor": actor.state_dict(), "optimizer": optimizer.state_dict(), "log": log.state_dict()}
-            parts |= {"iteration": iteration, "data_set": data_set.checkpoint()}
-            save_file({"format": CHECKPOINT_FORMAT, **parts}, run_dir / "checkpoint.pt", keep_previous=True)
+            parts = {"actor": actor.state_dict(), "optimizer": optimizer.state_dict(), "log": log.checkpoint()}
+            parts |= {"iteration": iteration, "data_set": data_set.checkpoint(), "arithmetic": arithmetic}
+            with replacing(run_dir / "checkpoint.pt", keep_previous=True) as file:
+                torch.save({"format": CHECKPOINT_FORMAT, **parts}, file)
     except Stopped:
         print(f"stopped in iteration {iteration}, all before it is saved; continue with\n  {continue_with}")
         return 128 + stop.number
@@ -1068,10 +1091,7 @@ def evaluate_policy(args: Args) -> int:
     """--evaluate: prints the mean and standard deviation of the mean action's return."""
     policy = load_policy(args.evaluate)
     envs = [make_env(args) for _ in range(args.eval_episodes)]
-    sizes = {"obs_dim": envs[0].observation_space.shape[0], "action_dim": envs[0].action_space.shape[0]}
-    for name, size in sizes.items():
-        if policy[name] != size:
-            raise UserError(f"{args.evaluate}: its {name} is {policy[name]}, that of {args.env_id} is {size}")
+    check_sizes(args.evaluate, policy["obs_dim"], policy["action_dim"], envs[0])
     returns = evaluate(policy["actor"].to(pick_device(args)), envs)["returns"]
     print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
     return 0
@@ -1084,7 +1104,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
