@@ -37,7 +37,9 @@ class Display:
     def __init__(self, total: int):
         self.total = total
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.live = Live(
+            console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
         self.started = self.refreshed = time.monotonic()
         self.work_before: dict[Run, float] = {}
 
@@ -63,7 +65,7 @@ class Display:
         left = len(running) - sum(running.values()) + counts["waiting"]
         elapsed = self.refreshed - self.started
         time_left = duration(elapsed / worked * left) if worked > 0 else "unknown yet"
-        text = ", ".join(f"{count} {name}" for name, count in counts.items() if count or name != "not started")
+        text = ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "finished")
         table = Table("run", "done", "step", "return", box=None, padding=(0, 2))
         room = max(1, self.console.height - 6)
         for run, fraction in list(running.items())[:room]:

@@ -30,6 +30,9 @@ class LocalEngine:
         # Should the sweep be killed, SIGTERM lets its runs save what they have.
         self.processes[run] = training_process.start(run.command(), run.log(), signal.SIGTERM)
 
+    def is_busy(self) -> bool:
+        return bool(self.processes)
+
     def poll(self) -> list[Ended]:
         """Those that ended since the last call; waits a moment if none has."""
         ended = [run for run, process in self.processes.items() if process.poll() is not None]

@@ -39,26 +39,25 @@ class Sweep:
         self.fresh: set[Run] = set()
         self.refused_variants: set[str] = set()
         self.stop_signals: list[int] = []
+        self.stopping = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: self.stop_signals.append(number))
 
     def go(self) -> int:
         """Returns the exit code: 0 if all finished, 1 if one failed, 2 if one was refused."""
-        asked_to_stop = 0
-        while self.waiting or self.engine.running():
+        while self.waiting or self.engine.is_busy():
             while self.waiting and not self.stop_signals and self.engine.has_room():
                 self.start(self.waiting.popleft())
             for ended in self.engine.poll():
                 self.judge(ended)
-            while len(self.stop_signals) > asked_to_stop:  # the first lets runs save, a second ends them at once
-                asked_to_stop += 1
-                self.waiting.extend(self.engine.withdraw())
+            if self.stop_signals and not self.stopping:
+                self.stopping = True
+                self.engine.withdraw()
                 self.engine.stop()
-                if asked_to_stop == 1:
-                    self.display.line("stopping: each run saves what it has; once more to stop without saving")
-            running = self.engine.running()
-            if self.stop_signals and not running:
+                self.display.line("stopping: every run saves what it has; once more to end them without saving")
+            if len(self.stop_signals) > 1 or (self.stopping and not self.engine.is_busy()):
                 break
+            running = self.engine.running()
             self.display.update(self.counts_with(running), self.finished_before, running)
         return self.summary()
 
@@ -77,8 +76,8 @@ class Sweep:
             run.mark_finished()
             self.counts["finished"] += 1
             self.display.line(f"finished  {run.name} ({self.counts['finished']} of {self.display.total})")
-        elif self.stop_signals:
-            self.counts["cut off"] += 1
+        elif self.stopping:
+            pass  # it is left for the next time
         elif code is None and self.losses[run] < MAX_LOSSES:
             self.losses[run] += 1
             self.waiting.appendleft(run)
@@ -106,18 +105,14 @@ class Sweep:
 
     def counts_with(self, running: dict[Run, float]) -> dict[str, int]:
         names = ("finished", "failed", "refused", "not started")
-        return {
-            "finished": self.counts["finished"],
-            "running": len(running),
-            "waiting": len(self.waiting),
-            **{name: self.counts[name] for name in names[1:]},
-        }
+        counts = {name: self.counts[name] for name in names} | {"running": len(running)}
+        return counts | {"waiting": self.display.total - sum(counts.values())}
 
     def summary(self) -> int:
-        self.counts["not started"] += len(self.waiting)
-        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items() if count)
+        left = self.display.total - self.counts.total()
+        counts = [f"{count} {name}" for name, count in {**self.counts, "left": left}.items() if count]
         before = f" ({self.finished_before} of them before)" if self.finished_before else ""
-        self.display.line(f"{self.display.total} runs: {counts or 'none finished'}{before}")
+        self.display.line(f"{self.display.total} runs: {', '.join(counts)}{before}")
         if self.stop_signals:
             self.display.line("the same command goes on from here")
             return 128 + self.stop_signals[0]
@@ -191,6 +186,7 @@ def make_engine(args, runs: list[Run]):
         raise UserError("--engine ray: Ray is not installed; pip install -r benchmark/requirements.txt") from None
     return RayEngine(
         runs[0].script,
+        log=args.out / args.experiment.stem / "ray.log",
         address=args.address,
         cpus_per_run=args.cpus_per_run or 1,
         gpus_per_run=args.gpus_per_run or 0,
@@ -201,6 +197,8 @@ def make_engine(args, runs: list[Run]):
 
 def main() -> int:
     args, overrides = parse_args()
+    if args.engine == "ray":  # whose actors have working folders of their own
+        args.out = args.out.resolve()
     runs = make_runs(args.experiment, args.out, args.seeds, args.environments, args.variants, overrides)
     if args.dry_run:
         print_commands(runs)

@@ -16,7 +16,12 @@ BAR = re.compile(r"(\d+)%\|")
 
 
 def start(
-    command: list[str], log: Path, death_signal: int, env: dict[str, str] | None = None, cpus: set[int] | None = None
+    command: list[str],
+    log: Path,
+    death_signal: int,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    cpus: set[int] | None = None,
 ) -> subprocess.Popen:
     """Starts it in a session of its own, so that a Ctrl-C in the terminal reaches only us, with output to the log.
 
@@ -45,6 +50,7 @@ def start(
             start_new_session=True,
             preexec_fn=tie,
             env=os.environ | (env or {}),
+            cwd=cwd,
         )
 
 
@@ -72,7 +78,7 @@ def last_attempt(log: Path) -> str:
     return read_tail(log).rpartition("\n$ ")[2]
 
 
-def last_lines(log: Path, count: int = 10) -> list[str]:
+def last_lines(log: Path, count: int = 20) -> list[str]:
     """The end of what the last attempt wrote, without its command line and its progress bar."""
     lines = last_attempt(log).splitlines()[1:]
     return [line for line in lines if line.strip() and not BAR.search(line)][-count:]

@@ -1,0 +1,273 @@
+"""Runs as Ray tasks, on the nodes of a cluster that need share no folder.
+
+A task trains in a folder of its own node and carries what has changed to the desk, an actor on the driver's node that
+writes it into the run folder. When a node dies, its training processes die with it, and the sweep starts those runs
+again: a new task gets what the desk has written so far and resumes from there.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TextIO
+
+import ray
+import ray.exceptions
+import training_process
+from errors import UserError
+from grid import Run, clear_false_start
+from local_engine import Ended
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from transfer import Piece, Receiver, pieces
+
+MAX_SUBMITTED = 1000
+"""tasks that Ray holds at a time, at work or queued: enough for any cluster to be busy or to grow"""
+HEARTBEAT_S = 1.0
+POLL_S = 0.2
+
+
+@ray.remote(num_cpus=0)
+class Desk:
+    """Where tasks report. Writes what they bring; knows which runs have begun and which shall not begin."""
+
+    def __init__(self):
+        self.attempts: dict[Run, int] = {}
+        self.fractions: dict[Run, float] = {}
+        self.receivers: dict[Run, Receiver] = {}
+        self.stopping = False
+
+    def submit(self, run: Run, attempt: int) -> None:
+        """From now on this attempt alone is heard: one on a node that was given up may still be talking."""
+        self.attempts[run] = attempt
+        self.fractions.pop(run, None)
+
+    def withdraw(self, runs: list[Run]) -> list[Run]:
+        """Returns those of the runs that have not begun, and now will not."""
+        withdrawn = [run for run in runs if run not in self.fractions]
+        for run in withdrawn:
+            self.attempts[run] = -1
+        return withdrawn
+
+    def begin(self, run: Run, attempt: int) -> bool:
+        if self.attempts[run] != attempt:
+            return False
+        self.fractions[run] = 0.0
+        self.receivers[run] = Receiver(run.folder)
+        return True
+
+    def resume_from(self, run: Run) -> Iterator[Piece]:
+        """What has been brought back of the run so far."""
+        yield from pieces(run.folder, {})
+
+    def report(self, run: Run, attempt: int, fraction: float) -> bool:
+        """Returns whether to go on."""
+        if self.attempts[run] == attempt:
+            self.fractions[run] = fraction
+        return self.attempts[run] == attempt and not self.stopping
+
+    def bring(self, run: Run, attempt: int, piece: Piece) -> None:
+        if self.attempts[run] == attempt:
+            self.receivers[run].accept(piece)
+
+    def running(self) -> dict[Run, float]:
+        return self.fractions
+
+    def end(self, run: Run) -> None:
+        self.fractions.pop(run, None)
+        self.receivers.pop(run, None)
+
+    def stop(self) -> None:
+        self.stopping = True
+
+
+def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: float) -> int | None:
+    """The task: one run from its start or its last state to its end. Returns the script's exit code."""
+    # Ray lends the processors of a task out to others while its main thread waits in ray.get; ours are not idle then.
+    with ThreadPoolExecutor(1) as thread:
+
+        def wait_for(reference):
+            return thread.submit(ray.get, reference).result()
+
+        if not wait_for(desk.begin.remote(run, attempt)):
+            return None
+        script = Path.cwd() / "script" / run.script.name  # as shipped with the job
+        env = {} if ray.get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""}
+        with tempfile.TemporaryDirectory(prefix="sweep-") as scratch:
+            folder = run.folder if shared_out else Path(scratch, run.folder.name)
+            sent = {}
+
+            def bring_back():
+                for piece in [] if shared_out else pieces(folder, sent):
+                    wait_for(desk.bring.remote(run, attempt, piece))
+
+            if not shared_out:
+                thread.submit(fetch, run, desk, Receiver(folder)).result()
+            clear_false_start(folder)
+            log = run.log(folder)
+            # SIGKILL: when the node is lost, nothing that the process could still save would be found.
+            process = training_process.start(run.command(folder, script), log, signal.SIGKILL, env, cwd=script.parent)
+            try:
+                brought_back = time.monotonic()
+                told_to_stop = False
+                while process.poll() is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(HEARTBEAT_S)
+                    go_on = wait_for(desk.report.remote(run, attempt, training_process.fraction_done(log)))
+                    if not go_on and not told_to_stop:
+                        training_process.send_signal(process, signal.SIGTERM)
+                        told_to_stop = True
+                    if time.monotonic() - brought_back > bring_back_every:
+                        bring_back()
+                        brought_back = time.monotonic()
+                bring_back()
+            finally:
+                training_process.kill(process)
+    return process.returncode
+
+
+def fetch(run: Run, desk, receiver: Receiver) -> None:
+    for reference in desk.resume_from.remote(run):
+        receiver.accept(ray.get(reference))
+
+
+@contextlib.contextmanager
+def stderr_to(file: TextIO) -> Iterator[None]:
+    """Of the whole process, Ray's C++ part included."""
+    ours = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(ours, 2)
+        os.close(ours)
+
+
+def check_reachable(address: str) -> None:
+    """Raises UserError at once where Ray itself would try for two minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--address {address}: no HOST:PORT that answers ({error})") from None
+
+
+def can_run(node: dict, cpus: float, gpus: float) -> bool:
+    return node["Alive"] and node["Resources"].get("CPU", 0) >= cpus and node["Resources"].get("GPU", 0) >= gpus
+
+
+def ship(script: Path) -> str:
+    """A folder with what a task needs: these modules, the script, and the experts beside it."""
+    folder = tempfile.mkdtemp(prefix="sweep-code-")
+    for path in Path(__file__).parent.glob("*.py"):
+        shutil.copy(path, folder)
+    Path(folder, "script").mkdir()
+    shutil.copy(script, Path(folder, "script"))
+    if (script.parent / "experts").is_dir():
+        shutil.copytree(script.parent / "experts", Path(folder, "script", "experts"))
+    return folder
+
+
+class RayEngine:
+    def __init__(
+        self,
+        script: Path,
+        log: Path,
+        address: str | None,
+        cpus_per_run: float,
+        gpus_per_run: float,
+        shared_out: bool,
+        bring_back_every: float,
+    ):
+        if address and address.startswith("ray://"):
+            raise UserError(f"--address {address}: run the sweep on a machine of the cluster instead, with auto")
+        if address and address != "auto":
+            check_reachable(address)
+        environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+        if not address:  # a token for this session alone; else Ray would leave one in the home folder
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ.update(environment | os.environ)
+        self.code = ship(script)
+        self.open = contextlib.ExitStack()
+        messages = self.open.enter_context(open(log, "a"))  # noqa: SIM115 - until close()
+        self.open.enter_context(contextlib.redirect_stdout(messages))  # a dead node's last words, say
+        try:
+            with stderr_to(messages):
+                ray.init(
+                    address or "local",
+                    runtime_env={"working_dir": self.code},
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    **({} if address else {"include_dashboard": False}),
+                )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            hint = f"is a Ray cluster there, and is RAY_AUTH_TOKEN the same here? More in {log}"
+            raise UserError(f"--address {address}: {reason}; {hint}") from None
+        if not any(can_run(node, cpus_per_run, gpus_per_run) for node in ray.nodes()):
+            message = f"no node has {cpus_per_run:g} processors and {gpus_per_run:g} GPUs for a run"
+            if not address:
+                raise UserError(f"{message}: lower --cpus-per-run or --gpus-per-run")
+            print(f"warning: {message} now; waiting for one to join", file=sys.stderr)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.desk = Desk.options(scheduling_strategy=here).remote()
+        self.task = ray.remote(train).options(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)
+        self.shared_out, self.bring_back_every = shared_out, bring_back_every
+        self.submitted: dict[ray.ObjectRef, Run] = {}
+        self.attempts = 0
+
+    def has_room(self) -> bool:
+        return len(self.submitted) < MAX_SUBMITTED
+
+    def start(self, run: Run) -> None:
+        self.attempts += 1
+        ray.get(self.desk.submit.remote(run, self.attempts))  # before the task can ask whether it may begin
+        reference = self.task.remote(run, self.attempts, self.desk, self.shared_out, self.bring_back_every)
+        self.submitted[reference] = run
+
+    def is_busy(self) -> bool:
+        return bool(self.submitted)
+
+    def poll(self) -> list[Ended]:
+        if not self.submitted:
+            return []
+        ready, _ = ray.wait(list(self.submitted), num_returns=len(self.submitted), timeout=POLL_S)
+        ended = [self.result(reference, self.submitted.pop(reference)) for reference in ready]
+        for one in ended:
+            self.desk.end.remote(one.run)
+        return ended
+
+    def result(self, reference: ray.ObjectRef, run: Run) -> Ended:
+        try:
+            return Ended(run, ray.get(reference))
+        except (ray.exceptions.RayTaskError, ray.exceptions.OutOfMemoryError) as error:
+            return Ended(run, 1, str(error).strip().splitlines()[-1])
+        except ray.exceptions.RayError as error:
+            return Ended(run, None, type(error).__name__)
+
+    def running(self) -> dict[Run, float]:
+        return ray.get(self.desk.running.remote())
+
+    def withdraw(self, variant: str | None = None) -> list[Run]:
+        runs = {run for run in self.submitted.values() if variant in (None, run.variant)}
+        withdrawn = set(ray.get(self.desk.withdraw.remote(list(runs))))
+        for reference in [reference for reference, run in self.submitted.items() if run in withdrawn]:
+            del self.submitted[reference]
+            ray.cancel(reference)
+        return list(withdrawn)
+
+    def stop(self) -> None:
+        ray.get(self.desk.stop.remote())
+
+    def close(self) -> None:
+        ray.shutdown()
+        self.open.close()
+        shutil.rmtree(self.code)
