@@ -267,6 +267,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The environment with actions in [-1, 1]^action_dim, rescaled to its own bounds. Raises UserError."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
+        if render_mode == "human":
+            raise UserError("--render: there is no display (DISPLAY is not set); record with --capture-video instead")
         os.environ.setdefault("MUJOCO_GL", "egl")  # the way to draw without a display
     # A user can act on neither: MuJoCo's remarks on Gymnasium's model files (which it also writes to MUJOCO_LOG.TXT)
     # and Gymnasium's advice to take another version of the environment than the one asked for.
@@ -322,6 +324,19 @@ class FrameText(gym.Wrapper):
         return np.asarray(image)
 
 
+class RealSpeed(gym.Wrapper):
+    """Steps no faster than time passes in the simulation, for a window."""
+
+    def reset(self, **kwargs):
+        self.due = time.perf_counter()
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        self.due += 1 / self.metadata.get("render_fps", 30)
+        time.sleep(max(0, self.due - time.perf_counter()))
+        return self.env.step(action)
+
+
 class TrainingEnv:
     """The environment in training, with what it takes to rebuild it in the middle of an episode.
 
@@ -339,7 +354,7 @@ class TrainingEnv:
         return self.env.unwrapped.np_random.bit_generator
 
     def reset(self) -> None:
-        self.generator_state = copy.deepcopy(self.generator.state)
+        self.generator_state = self.generator.state
         self.actions = []
         self.episode_return = 0.0
         self.obs = np.asarray(self.env.reset()[0], dtype=np.float32)
@@ -1197,7 +1212,7 @@ def evaluate_policy(args: Args) -> int:
             raise UserError(f"{args.evaluate}: its {name} is {policy[name]}, that of {args.env_id} is {size}")
     actor = policy["actor"].to(pick_device(args))
     if args.render:
-        window = [make_env(args, render_mode="human")]
+        window = [RealSpeed(make_env(args, render_mode="human"))]
         returns = np.concatenate([evaluate(actor, window, first=i)["returns"] for i in range(args.eval_episodes)])
     else:
         returns = evaluate(actor, envs)["returns"]

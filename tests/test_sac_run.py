@@ -443,3 +443,12 @@ def test_an_environment_that_cannot_be_drawn(tmp_path, capsys):
     assert run(tmp_path, f"--env-id envs:Tiny-v0 {SMALL} --capture-video") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_window_needs_a_display(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    run(tmp_path, f"--env-id envs:Drawn-v0 {SMALL}")
+    capsys.readouterr()
+    assert sac.main(["--evaluate", str(tmp_path / "run"), "--render"]) == 2
+    assert re.fullmatch("error: --render: there is no display.*\n", capsys.readouterr().err)
