@@ -163,7 +163,7 @@ class Args:
 RESUME_MAY_CHANGE = {"resume", "total_steps", "eval_every", "eval_episodes", "device", "torch_threads"}
 RESUME_MAY_CHANGE |= {"capture_video", "video_every", "video_episodes"}
 EVALUATE_USES = {"evaluate", "env_id", "env_kwargs", "max_episode_steps", "eval_episodes", "device", "torch_threads"}
-EVALUATE_USES |= {"capture_video", "video_episodes", "render"}
+EVALUATE_USES |= {"matmul_precision", "capture_video", "video_episodes", "render"}
 
 
 class UserError(Exception):
@@ -958,7 +958,10 @@ def load_checkpoint(run_dir: Path) -> dict | None:
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def pick_device(args: Args) -> torch.device:
+def set_up_torch(args: Args) -> torch.device:
+    """Threads, device and precision of matrix products. Raises UserError for what this machine does not have."""
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -969,23 +972,19 @@ def pick_device(args: Args) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: not on this machine; take auto, cpu, cuda or cuda:N") from None
-    return device
 
-
-def set_matmul_precision(args: Args, device: torch.device) -> None:
-    """Raises UserError for a precision that the device does not have."""
     cpu = torch.cpu.get_capabilities()
-    precision, has_amx = args.matmul_precision, cpu.get("amx_bf16", False)
-    if (precision == "bf16" and not (device.type == "cpu" and has_amx)) or (
-        precision == "tf32" and device.type != "cuda"
-    ):
-        raise UserError(f"--matmul-precision {precision}: not on this {device.type}; take exact")
-    if precision == "tf32":
+    has_amx = cpu.get("amx_bf16", False)
+    possible = {"exact": True, "bf16": device.type == "cpu" and has_amx, "tf32": device.type == "cuda"}
+    if not possible[args.matmul_precision]:
+        raise UserError(f"--matmul-precision {args.matmul_precision}: not on this {device.type}; take exact")
+    if args.matmul_precision == "tf32":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     # PyTorch hands float32 products to oneDNN, not to MKL, where bfloat16 is allowed. Without AMX oneDNN makes no use
     # of that permission and stays in float32, on AMD 1.7 times the updates a second of MKL.
-    if precision == "bf16" or (cpu.get("cpu_name", "").startswith("AMD") and not has_amx):
+    if args.matmul_precision == "bf16" or (cpu.get("cpu_name", "").startswith("AMD") and not has_amx):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    return device
 
 
 class StopSignal:
@@ -1107,10 +1106,7 @@ class RunLog:
 def train(args: Args) -> int:
     """One run, from its first step or from its checkpoint to its last. Returns the exit code."""
     stop = StopSignal()
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    device = pick_device(args)
-    set_matmul_precision(args, device)
+    device = set_up_torch(args)
     env = TrainingEnv(args)
     eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
     obs_dim, action_dim = env.env.observation_space.shape[0], env.env.action_space.shape[0]
@@ -1203,14 +1199,14 @@ def train(args: Args) -> int:
 
 def evaluate_policy(args: Args) -> int:
     """--evaluate: prints the mean and standard deviation of the mean action's return, shows or records episodes."""
-    policy = load_policy(args.evaluate)
+    device, policy = set_up_torch(args), load_policy(args.evaluate)
     args = dataclasses.replace(args, squash=policy["squash"])
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     sizes = {"obs_dim": envs[0].observation_space.shape[0], "action_dim": envs[0].action_space.shape[0]}
     for name, size in sizes.items():
         if policy[name] != size:
             raise UserError(f"{args.evaluate}: its {name} is {policy[name]}, that of {args.env_id} is {size}")
-    actor = policy["actor"].to(pick_device(args))
+    actor = policy["actor"].to(device)
     if args.render:
         window = [RealSpeed(make_env(args, render_mode="human"))]
         returns = np.concatenate([evaluate(actor, window, first=i)["returns"] for i in range(args.eval_episodes)])

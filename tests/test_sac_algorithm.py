@@ -423,7 +423,7 @@ def test_buffer_before_it_is_full_samples_only_what_it_holds():
 
 
 def test_default_matrix_products_are_float32():
-    sac.set_matmul_precision(sac.Args(), CPU)
+    sac.set_up_torch(sac.Args(device="cpu"))
     x, y = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ y.double()
     assert ((x @ y) - exact).abs().max() / exact.abs().max() < 2e-6  # bfloat16 has 3e-3
