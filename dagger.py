@@ -479,7 +479,8 @@ def load_demonstrations(args: Args, env: gym.Env) -> dict[str, np.ndarray]:
     if num_trajectories > len(ends):
         raise UserError(f"--num-trajectories {num_trajectories}: {path} has {len(ends)}")
     for field, dtype in FIELDS.items():
-        data[field] = data[field][: ends[num_trajectories - 1]].astype(dtype, copy=False)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            data[field] = data[field][: ends[num_trajectories - 1]].astype(dtype, copy=False)
         if not np.isfinite(data[field]).all():
             raise UserError(f"{path}: NaN or infinity in its {field}")
     centre, half_width = action_scale(env)
