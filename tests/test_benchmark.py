@@ -1,0 +1,491 @@
+# ruff: noqa: E402 - benchmark/ must be on the path before its modules are imported
+"""Sweeps on one machine, experiment files, curves and tables. What learns here is a stand-in that takes no time."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARK = ROOT / "benchmark"
+sys.path.insert(0, str(BENCHMARK))
+for package in ("yaml", "rich", "scipy", "matplotlib"):
+    pytest.importorskip(package, reason="pip install -r benchmark/requirements.txt")
+
+import curves
+import grid
+import plot
+import training_process
+import transfer
+from errors import UserError
+
+import sac_continuous
+
+# The command line, the files, the exit codes and the bar of a training script, without learning.
+STAND_IN = """\
+import argparse, json, os, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("--env-id")
+parser.add_argument("--seed", type=int)
+for name in ("--exp-name", "--run-dir", "--resume", "--crash"):
+    parser.add_argument(name)
+parser.add_argument("--torch-threads", type=int)
+parser.add_argument("--total-steps", type=int, default=20)
+parser.add_argument("--step-s", type=float, default=0.0)
+args = parser.parse_args()
+folder = pathlib.Path(args.resume or args.run_dir)
+folder.mkdir(parents=True, exist_ok=True)
+state = {"step": 0, "value": args.seed}
+if args.resume and (folder / "checkpoint.pt").exists():
+    state = json.loads((folder / "checkpoint.pt").read_text())
+(folder / "args.json").write_text(json.dumps({"env_id": args.env_id, "seed": args.seed, "exp_name": args.exp_name}))
+def save():
+    (folder / "checkpoint.tmp").write_text(json.dumps(state))
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+stop = []
+signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+print("pid", os.getpid(), "from step", state["step"], flush=True)
+while state["step"] < args.total_steps:
+    time.sleep(args.step_s)
+    state["step"] += 1
+    state["value"] = (state["value"] * 31 + args.seed + state["step"]) % 1000003
+    if state["step"] % 5 == 0:
+        with open(folder / "progress.csv", "a") as file:
+            if not file.tell():
+                file.write("step,wall_time_s,eval_return_mean\\n")
+            file.write(f"{state['step']},{state['step'] / 10},{state['value']}\\n")
+        save()
+        print(f"{100 * state['step'] // args.total_steps}%|##|", flush=True)
+    first_time = not (folder / "crashed").exists()
+    if state["step"] == 12 and (args.crash == "always" or args.crash == "once" and first_time):
+        (folder / "crashed").touch()
+        sys.exit("the dog ate my gradients")
+    if stop:
+        save()
+        sys.exit(128 + stop[0])
+(folder / "policy.pt").write_text(str(state["value"]))
+"""
+
+
+def write_experiment(folder: Path, name: str = "grid", **content) -> Path:
+    """An experiment of the stand-in. Returns the file."""
+    script = folder / "stand_in.py"
+    script.write_text(STAND_IN)
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps({"script": str(script), "environments": ["A-v0"], "seeds": [1, 2]} | content))
+    return path
+
+
+def command(program: str, *arguments) -> list[str]:
+    return [sys.executable, str(BENCHMARK / f"{program}.py"), *map(str, arguments)]
+
+
+def run(program: str, *arguments, code: int = 0, timeout: float = 120) -> subprocess.CompletedProcess:
+    result = subprocess.run(command(program, *arguments), capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def wait_until(condition, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return result
+
+
+def policies(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("policy.pt"))}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def pids(log: Path) -> list[int]:
+    return [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("pid ")]
+
+
+# ---------------------------------------------------------------------------------------------- experiment files
+
+
+def test_the_grid_merges_what_is_given(tmp_path):
+    write_experiment(
+        tmp_path,
+        "base",
+        environments={"A-v0": {"total-steps": 1}, "B-v0": None},
+        settings={"total_steps": 2, "tau": 3, "gamma": 4, "squash": False},
+        variants={"plain": None, "other": {"tau": 5, "env-kwargs": {"x": 1}}},
+    )
+    child = tmp_path / "child.yaml"
+    child.write_text("base: base.yaml\nsettings: {gamma: null, lr: 6}\nseeds: [7]\n")
+    runs = grid.make_runs(child, tmp_path / "out", overrides=grid.parse_overrides(["--lr", "8", "--no-render"]))
+    assert [run.name for run in runs] == ["plain/A-v0__7", "plain/B-v0__7", "other/A-v0__7", "other/B-v0__7"]
+    expected = "--env-id A-v0 --seed 7 --exp-name child-plain --torch-threads 1 --total-steps 1 --tau 3 --no-squash"
+    assert " ".join(runs[0].settings) == f"{expected} --lr 8 --no-render"
+    assert "--total-steps 2" in " ".join(runs[1].settings)
+    assert '--env-kwargs {"x": 1}' in " ".join(runs[3].settings) and "--tau 5" in " ".join(runs[3].settings)
+    assert runs[3].folder == tmp_path / "out/child/other/B-v0__7"
+
+
+def test_dry_run_prints_commands_that_run_by_hand(tmp_path):
+    experiment = write_experiment(tmp_path, seeds=[1], settings={"total-steps": 7})
+    lines = run("sweep", experiment, "--out", tmp_path / "out", "--seeds", 42, "--dry-run").stdout.splitlines()
+    assert len(lines) == 1 and "--seed 42" in lines[0] and not (tmp_path / "out").exists()
+    subprocess.run(lines[0], shell=True, check=True, timeout=60, cwd=os.getcwd(), capture_output=True)
+    assert (tmp_path / "out/grid/A-v0__42/policy.pt").exists()
+    assert "--resume" in run("sweep", experiment, "--out", tmp_path / "out", "--seeds", 42, "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "complaint"),
+    [
+        ("[1, 2]", [], "must be a mapping"),
+        ("a: [", [], "not YAML"),
+        ("sets: {}", [], "unknown key 'sets'"),
+        ("base: x.yaml", [], "starts from itself"),
+        ("base: gone.yaml", [], "cannot be read"),
+        ("script: none.py\nenvironments: [A]\nseeds: [1]", [], "no script"),
+        ("script: sac_continuous.py\nenvironments: [A]", [], "seeds is missing"),
+        ("script: sac_continuous.py\nenvironments: [A]\nseeds: [1, 1]", [], "1 is given twice"),
+        ("script: sac_continuous.py\nenvironments: [A]\nseeds: [one]", [], "whole number"),
+        ("script: sac_continuous.py\nenvironments: [A]\nseeds: 3", [], "must be a list"),
+        ("script: sac_continuous.py\nenvironments: ['../A']\nseeds: [1]", [], "is no name"),
+        ("settings: {seed: 3}", [], "--seed is set by the sweep"),
+        ("settings: [1]", [], "must map"),
+        ("{}", ["--run_dir", "x"], "--run-dir is set by the sweep"),
+        ("{}", ["7"], "unexpected argument '7'"),
+        ("{}", ["--jobs", "0"], "must be above 0"),
+        ("{}", ["--jobs", "many"], "invalid int"),
+        ("{}", ["--address", "auto"], "--address and --engine local contradict"),
+        ("{}", ["--engine", "ray", "--jobs", "2"], "--jobs and --engine ray contradict"),
+        ("script: sac_continuous.py\nenvironments: [A]\nseeds: [1]", ["--variants", "b"], "has no variants"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, text, arguments, complaint):
+    experiment = tmp_path / "x.yaml"
+    experiment.write_text(text)
+    result = run("sweep", experiment, "--out", tmp_path / "out", *arguments, code=2)
+    assert complaint in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_takes_every_experiment_of_the_repository():
+    experiments = sorted((BENCHMARK / "experiments").glob("*.yaml"))
+    assert len(experiments) >= 16
+    for experiment in experiments:
+        for one in grid.make_runs(experiment, Path("runs")):
+            if one.script.name == "sac_continuous.py":
+                sac_continuous.parse_args(one.command()[2:])
+
+
+# ------------------------------------------------------------------------------------------------- local sweeps
+
+
+def test_a_sweep_skips_what_is_finished_and_extends_what_is_longer(tmp_path):
+    experiment = write_experiment(tmp_path, environments=["A-v0", "B-v0"])
+    first = run("sweep", experiment, "--out", tmp_path / "out")
+    assert "4 runs: 4 finished" in first.stderr and len(policies(tmp_path)) == 4
+    again = run("sweep", experiment, "--out", tmp_path / "out")
+    assert "4 finished (4 of them before)" in again.stderr
+    assert len(pids(tmp_path / "out/grid/A-v0__1.log")) == 1
+    run("sweep", experiment, "--out", tmp_path / "out", "--seeds", 1, "--total-steps", 30)
+    assert "from step 20" in (tmp_path / "out/grid/A-v0__1.log").read_text()
+
+
+def test_a_crash_is_resumed_once_and_then_reported_while_others_go_on(tmp_path):
+    experiment = write_experiment(
+        tmp_path, variants={"good": {}, "once": {"crash": "once"}, "always": {"crash": "always"}}, seeds=[1]
+    )
+    result = run("sweep", experiment, "--out", tmp_path / "out", "--jobs", 1, code=1)
+    assert "finished  good/A-v0__1" in result.stderr and "finished  once/A-v0__1" in result.stderr
+    assert "retried   once/A-v0__1: ended with exit code 1" in result.stderr
+    assert "failed    always/A-v0__1" in result.stderr and "    the dog ate my gradients" in result.stderr
+    out = tmp_path / "out/grid"
+    assert "from step 10" in (out / "once/A-v0__1.log").read_text()
+    assert len(pids(out / "always/A-v0__1.log")) == 2
+    assert (out / "once/A-v0__1/policy.pt").read_bytes() == (out / "good/A-v0__1/policy.pt").read_bytes()
+
+
+def test_a_refused_setting_stops_its_variant_alone(tmp_path):
+    experiment = write_experiment(tmp_path, variants={"wrong": {"sted-s": 1}, "right": {}}, seeds=[1, 2, 3])
+    result = run("sweep", experiment, "--out", tmp_path / "out", "--jobs", 1, code=2)
+    assert result.stderr.count("refused   wrong/") == 1 and "unrecognized arguments: --sted-s 1" in result.stderr
+    assert "6 runs: 3 finished, 1 refused, 2 not started" in result.stderr
+    assert len(pids(tmp_path / "out/grid/right/A-v0__3.log")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_sweep_leaves_no_process_and_goes_on_to_the_same_policies(tmp_path, number):
+    experiment = write_experiment(tmp_path, seeds=[1, 2, 3], settings={"total-steps": 100})
+    run("sweep", experiment, "--out", tmp_path / "whole")
+
+    out = tmp_path / "out"
+    arguments = command("sweep", experiment, "--out", out, "--jobs", 2, "--step-s", 0.05)
+    sweep = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    logs = [out / f"grid/A-v0__{seed}.log" for seed in (1, 2)]
+    wait_until(lambda: all(log.exists() and "%|" in log.read_text() for log in logs))
+    # As a terminal does: to the whole foreground group, in which the training processes are not.
+    os.killpg(sweep.pid, number)
+    stderr = sweep.communicate(timeout=60)[1]
+    started = [pid for log in logs for pid in pids(log)]
+    if number == signal.SIGKILL:
+        wait_until(lambda: not any(map(is_alive, started)))
+    else:
+        assert sweep.returncode == 128 + number, stderr
+        assert "3 runs: 3 left" in stderr and not any(map(is_alive, started))
+    assert not policies(out) and all((out / f"grid/A-v0__{seed}/checkpoint.pt").exists() for seed in (1, 2))
+
+    finished = run("sweep", experiment, "--out", out)
+    assert "3 runs: 3 finished" in finished.stderr
+    assert policies(out / "grid") == policies(tmp_path / "whole/grid")
+    assert "from step 0" not in logs[0].read_text().rpartition("\n$ ")[2]
+
+
+def test_a_run_cut_off_before_its_first_file_starts_anew(tmp_path):
+    experiment = write_experiment(tmp_path, seeds=[1])
+    folder = tmp_path / "out/grid/A-v0__1"
+    folder.mkdir(parents=True)
+    (folder / ".lock").touch()
+    run("sweep", experiment, "--out", tmp_path / "out")
+    assert policies(tmp_path)
+
+
+def test_a_sweep_of_the_real_script(tmp_path):
+    settings = {"total-steps": 250, "learning-starts": 100, "random-steps": 50, "batch-size": 16, "hidden-size": 16}
+    settings |= {"eval-every": 100, "eval-episodes": 1, "checkpoint-every": 100, "buffer-size": 1000}
+    content = {"script": "sac_continuous.py", "environments": ["Pendulum-v1"], "seeds": [1], "settings": settings}
+    experiment = tmp_path / "real.yaml"
+    experiment.write_text(json.dumps(content))
+    run("sweep", experiment, "--out", tmp_path)
+    folder = tmp_path / "real/Pendulum-v1__1"
+    assert curves.read_run(folder)["step"].tolist() == [100, 200, 250]
+    changed = run("sweep", experiment, "--out", tmp_path, "--tau", 0.5, code=2)
+    assert "refused   Pendulum-v1__1" in changed.stderr and "--tau 0.5" in changed.stderr
+    run("plot", folder, "--out", tmp_path / "run.png")
+
+
+def test_a_progress_bar_is_read_from_the_last_attempt_alone(tmp_path):
+    log = tmp_path / "log"
+    assert training_process.fraction_done(log) == 0
+    log.write_text("$ one\n 90%|#\n$ two\nwarning: x\n  5%|#\r 10%|#")
+    assert training_process.fraction_done(log) == 0.1
+    assert training_process.last_lines(log) == ["warning: x"]
+
+
+# ------------------------------------------------------------------------------------------------------- transfer
+
+
+def make_run(folder: Path, step: int) -> None:
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint.pt", "progress.csv", "videos/a.mp4"):
+        (folder / name).write_text(f"{name} {step}")
+    (folder / ".lock").touch()
+    folder.with_name(folder.name + ".log").write_text(f"log {step}")
+
+
+def test_a_run_folder_travels_in_pieces_and_only_what_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 4)
+    there, here, sent = tmp_path / "there/run", tmp_path / "here/run", {}
+    make_run(there, 1)
+    receiver = transfer.Receiver(here)
+    for piece in transfer.pieces(there, sent):
+        assert len(piece[1]) <= 4
+        receiver.accept(piece)
+    for name in ("checkpoint.pt", "progress.csv", "videos/a.mp4", "../run.log"):
+        assert (here / name).read_bytes() == (there / name).read_bytes()
+    assert not (here / ".lock").exists()
+    assert list(transfer.pieces(there, sent)) == []
+    (there / "progress.csv").write_text("longer than before")
+    assert {name for name, _ in transfer.pieces(there, sent)} == {"run/progress.csv", None}
+
+
+def test_a_transfer_that_breaks_off_leaves_a_whole_older_state(tmp_path):
+    there, here = tmp_path / "there/run", tmp_path / "here/run"
+    make_run(there, 1)
+    for receiver_sees in (1.0, 0.6):
+        make_run(there, 2 if receiver_sees < 1 else 1)
+        receiver, pieces = transfer.Receiver(here), list(transfer.pieces(there, {}))
+        assert pieces[0][0] == "run/checkpoint.pt"  # opened first: the others are at least as new
+        for piece in pieces[: int(len(pieces) * receiver_sees)]:
+            receiver.accept(piece)
+    assert (here / "checkpoint.pt").read_text() == "checkpoint.pt 1"
+    assert (here / "progress.csv").read_text() == "progress.csv 1"
+
+
+# -------------------------------------------------------------------------------------------- curves and tables
+
+
+def write_run(folder: Path, env_id: str, seed: int, returns: list[float], **columns) -> None:
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"env_id": env_id, "seed": seed, "exp_name": "mine"}))
+    with open(folder / "progress.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "wall_time_s", "eval_return_mean", "eval_return_std", *columns])
+        for i, value in enumerate(returns):
+            writer.writerow([1000 * (i + 1), 10.0 * (i + 1), value, 1, *(column[i] for column in columns.values())])
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """Two environments, two variants, three seeds, and a file of another program."""
+    rng = np.random.default_rng(0)
+    for variant, bonus in (("plain", 0.0), ("better", 500.0)):
+        for env_id in ("HalfCheetah-v4", "Hopper-v4"):
+            for seed in (1, 2, 3):
+                returns = (1000 * np.arange(1, 5) + bonus + rng.normal(0, 100, 4)).tolist()
+                write_run(tmp_path / f"x/{variant}/{env_id}__{seed}", env_id, seed, returns)
+    (tmp_path / "x/peer_Hopper-v4_1.csv").write_text("step,wall_time_s,eval_return_mean\n1000,5,100\n2000,10,300\n")
+    return tmp_path / "x"
+
+
+def test_runs_are_found_and_named(results, tmp_path):
+    found = curves.read_curves([str(results)])
+    assert {curve.label for curve in found} == {"plain", "better", "peer"} and len(found) == 13
+    assert {curve.label for curve in curves.read_curves([str(results / "plain")])} == {"plain"}
+    assert {curve.label for curve in curves.read_curves([f"us={results / 'plain'}"])} == {"us"}
+    write_run(tmp_path / "runs/Hopper-v4__mine__3__20260101-120000", "Hopper-v4", 3, [1.0])
+    assert curves.read_curves([str(tmp_path / "runs")])[0].label == "mine"
+    bare = tmp_path / "bare/Hopper-v4__5"
+    write_run(bare, "Hopper-v4", 5, [1.0])
+    (bare / "args.json").unlink()
+    one = curves.read_curves([str(tmp_path / "bare")])[0]
+    assert (one.label, one.env_id, one.seed) == ("bare", "Hopper-v4", 5)
+    with pytest.raises(UserError, match="both are seed 1"):
+        curves.read_curves([f"us={results / 'plain'}", f"us={results / 'better'}"])
+
+
+def test_a_row_that_is_being_written_is_left_out(tmp_path):
+    write_run(tmp_path / "A__1", "A", 1, [1.0, 2.0])
+    with open(tmp_path / "A__1/progress.csv", "a") as file:
+        file.write("3000,30")
+    assert curves.read_run(tmp_path / "A__1")["step"].tolist() == [1000, 2000]
+
+
+def test_the_table_by_hand(tmp_path):
+    for seed, returns in ((1, [10.0, 40.0, 30.0]), (2, [20.0, 25.0, 26.0])):
+        write_run(
+            tmp_path / f"x/Hopper-v4__{seed}", "Hopper-v4", seed, returns, steps_per_s=[900, 100, 100 + 20 * seed]
+        )
+    lines = run("table", tmp_path / "x").stdout.splitlines()
+    assert lines[2] == (
+        "| Hopper-v4 | x | 2 | 3,000 | 28.0 ± 2.8 | 33.0 ± 9.9 | 115 | 0:00:30 | deterministic evaluation return |"
+    )
+    tianshou = next(line for line in lines if "Tianshou SAC]" in line)
+    assert "[Tianshou SAC](https://github.com/" in tianshou and "|  | 3542.2 ± 51.5 |" in tianshou
+    assert "max average evaluation return within 1M steps" in tianshou
+    assert not any("Ant" in line for line in lines)
+    assert lines[0].count("|") == lines[2].count("|") == tianshou.count("|")
+
+
+def test_statistics_by_hand():
+    sample = np.array([[0.0], [1.0], [2.0], [3.0], [100.0], [4.0], [5.0], [-90.0]])
+    assert plot.interquartile_mean(sample, axis=0) == pytest.approx([2.5])  # of 1, 2, 3, 4
+    assert plot.mean(sample, axis=0) == pytest.approx([25 / 8])
+    value, low, high = plot.with_interval([sample], plot.mean)
+    assert low < value < high
+    assert all(bound == value for bound in plot.with_interval([sample[:1]], plot.mean)[1:] for value in sample[0])
+
+
+def test_the_interval_covers_the_true_mean():
+    rng = np.random.default_rng(1)
+    samples = rng.normal(3.0, 1.0, (20, 200))  # 200 experiments of 20 seeds
+    _, low, high = plot.with_interval([samples], plot.mean)
+    assert 0.85 < np.mean((low < 3) & (high > 3)) < 0.99  # percentile intervals of 20 are a little narrow
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--statistic", "iqm", "--published", BENCHMARK / "published.csv"],
+        ["--normalise", "Tianshou SAC", "--statistic", "iqm"],
+        ["--column", "wall_time_s"],
+    ],
+)
+def test_figures_are_written_as_png_and_svg(results, tmp_path, arguments):
+    paths = [results / "plain", results / "better"]
+    if "--normalise" not in arguments:
+        paths.append(results / "peer_Hopper-v4_1.csv")
+    run("plot", *paths, "--out", tmp_path / "fig/a", *arguments)
+    assert (tmp_path / "fig/a.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "fig/a.svg").read_text()
+    labels = ["plain", "better"] + (["2 environments"] if "--normalise" in arguments else ["HalfCheetah-v4", "peer"])
+    labels += ["CleanRL SAC, at 1M steps"] if "--published" in arguments else []
+    assert all(f">{label}<" in text for label in labels)
+
+
+def test_a_single_run_has_a_page_of_its_own(results, tmp_path):
+    run("plot", results / "plain/Hopper-v4__1", "--out", tmp_path / "one.svg")
+    text = (tmp_path / "one.svg").read_text()
+    assert ">eval return mean<" in text and ">wall time s<" in text and ">eval return std<" not in text
+
+
+def test_scores_are_zero_for_random_and_one_for_the_published(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"x/Hopper-v4__{seed}", "Hopper-v4", seed, [18.77, 3542.2])
+        write_run(tmp_path / f"x/Ant-v4__{seed}", "Ant-v4", seed, [-49.53, 5850.2])
+    found = curves.read_curves([str(tmp_path / "x")])
+    line = plot.plot_normalised(found, "eval_return_mean", plot.mean, "Tianshou SAC").axes[0].lines[0]
+    assert line.get_ydata() == pytest.approx([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "complaint"),
+    [
+        ("plot", ["nowhere", "--out", "x"], "no such file"),
+        ("plot", [".", "--out", "x"], "no run"),
+        ("plot", ["X", "--out", "x.tif.doc"], "not supported"),
+        ("plot", ["X", "--out", "x", "--column", "gold"], "has no column gold"),
+        ("plot", ["X", "--out", "x", "--normalise", "God"], "not a source"),
+        ("plot", ["X", "--out", "x", "--normalise", "CleanRL SAC", "--published", "y"], "contradict"),
+        ("plot", ["X"], "--out"),
+        ("table", ["X", "--published", "X/plain/Hopper-v4__1/progress.csv"], "not a table of published results"),
+        ("throughput", ["--out", "x", "--threads", "999"], "--threads 999"),
+        ("throughput", ["--out", "x", "--steps", "10"], "--steps 10"),
+        ("throughput", ["--out", "x", "--steps", "501", "--env-id", "None-v0"], "None-v0"),
+    ],
+)
+def test_bad_input_to_the_others(results, tmp_path, monkeypatch, program, arguments, complaint):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    result = run(program, *(argument.replace("X", str(results), 1) for argument in arguments), code=2)
+    assert complaint in result.stderr and result.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------- throughput
+
+
+def test_an_update_has_sixteen_square_products():
+    import measure
+
+    shapes = measure.products_of_update(17, 6, batch=256, hidden=256)
+    assert shapes.count((256, 256, 256)) == 16 and len(shapes) == 48
+
+
+def test_throughput_measures_what_is_there(tmp_path):
+    without = tmp_path / "python"  # an interpreter that has neither package, and no other either
+    without.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    without.chmod(0o755)
+    pythons = ["--sb3-python", without, "--sbx-python", without]
+    result = run(
+        "throughput", "--out", tmp_path / "a.json", "--env-id", "Pendulum-v1", "--steps", 600, "--repeats", 1, *pythons
+    )
+    assert "Stable-Baselines3: " in result.stderr and "is not installed" in result.stderr
+    assert "| SBX | not measured" in result.stdout and "at most" in result.stdout
+    measured = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert [one["program"] for one in measured] == ["this project", "matrix products alone"]
+    assert 10 < measured[0]["steps_per_s"] < 5000 and measured[0]["peak_memory_bytes"] > 5e7
+    assert 0.05 < measured[1]["products_ms"] < measured[1]["all_ms"] * 1.5
