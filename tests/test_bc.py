@@ -323,6 +323,14 @@ def test_metadata_names_what_the_repository_pins():
     assert set(metadata["dependencies"]) <= set(pinned)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "experts").glob("*.pt")), ids=lambda path: path.stem)
+def test_starts_on_the_experts_that_are_shipped(path, tmp_path):
+    assert f"`{path.name}`" in (path.parent / "README.md").read_text()
+    arguments = f"--env-id {path.stem} --train-steps 100 --eval-episodes 1 --torch-threads 1"
+    assert run(tmp_path, f"{arguments} --num-trajectories 1") == 0
+    assert float(rows(tmp_path / "run")[-1]["expert_return_mean"]) > 2000
+
+
 @needs_real_files
 def test_clones_the_real_demonstrations(tmp_path):
     """Half of the published steps are enough for HalfCheetah; Hopper's two demonstrations are not enough ever."""

@@ -1,0 +1,42 @@
+"""What two scripts both need stands in both, worded the same."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = (
+    "UserError RunError flag gradient_step check_finite replacing load_file load_policy write_args read_args cut_rows"
+)
+SHARED += " open_run_dir load_checkpoint"
+SHARED_BY_TWO = (
+    "FIELDS PickledDtype PickledArray ArrayUnpickler PickledExpert join unpickle numbers pickled_array rollout"
+)
+SHARED_BY_TWO += (
+    " read_pickle check_sizes demonstrate stream nll_loss mse_loss bc_loss policy_of evaluate make_env Actor"
+)
+SHARED_BY_TWO += " set_up_torch evaluate_policy main action_scale"
+
+
+def definitions(script):
+    text = (ROOT / script).read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        for name in [*names, getattr(node, "name", None)]:
+            found[name] = ast.get_source_segment(text, node)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scripts", "names"),
+    [
+        (["sac_continuous.py", "bc.py", "dagger.py"], SHARED.split()),
+        (["bc.py", "dagger.py"], SHARED_BY_TWO.split()),
+    ],
+)
+def test_shared_definitions_are_worded_the_same(scripts, names):
+    first, *others = (definitions(script) for script in scripts)
+    for other in others:
+        assert [name for name in names if first[name] != other[name]] == []
