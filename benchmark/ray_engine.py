@@ -195,28 +195,31 @@ class RayEngine:
         if not address:  # a token for this session alone; else Ray would leave one in the home folder
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ.update(environment | os.environ)
-        self.code = ship(script)
-        self.open = contextlib.ExitStack()
-        messages = self.open.enter_context(open(log, "a"))  # noqa: SIM115 - until close()
-        self.open.enter_context(contextlib.redirect_stdout(messages))  # a dead node's last words, say
-        try:
-            with stderr_to(messages):
-                ray.init(
-                    address or "local",
-                    runtime_env={"working_dir": self.code},
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    **({} if address else {"include_dashboard": False}),
-                )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            hint = f"is a Ray cluster there, and is RAY_AUTH_TOKEN the same here? More in {log}"
-            raise UserError(f"--address {address}: {reason}; {hint}") from None
-        if not any(can_run(node, cpus_per_run, gpus_per_run) for node in ray.nodes()):
-            message = f"no node has {cpus_per_run:g} processors and {gpus_per_run:g} GPUs for a run"
-            if not address:
-                raise UserError(f"{message}: lower --cpus-per-run or --gpus-per-run")
-            print(f"warning: {message} now; waiting for one to join", file=sys.stderr)
+        with contextlib.ExitStack() as stack:
+            code = ship(script)
+            stack.callback(shutil.rmtree, code)
+            messages = stack.enter_context(open(log, "a"))
+            stack.enter_context(contextlib.redirect_stdout(messages))  # a dead node's last words, say
+            try:
+                with stderr_to(messages):
+                    ray.init(
+                        address or "local",
+                        runtime_env={"working_dir": code},
+                        log_to_driver=False,
+                        logging_level="ERROR",
+                        **({} if address else {"include_dashboard": False}),
+                    )
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                hint = f"is a Ray cluster there, and is RAY_AUTH_TOKEN the same here? More in {log}"
+                raise UserError(f"--address {address}: {reason}; {hint}") from None
+            stack.callback(ray.shutdown)
+            if not any(can_run(node, cpus_per_run, gpus_per_run) for node in ray.nodes()):
+                message = f"no node has {cpus_per_run:g} processors and {gpus_per_run:g} GPUs for a run"
+                if not address:
+                    raise UserError(f"{message}: lower --cpus-per-run or --gpus-per-run")
+                print(f"warning: {message} now; waiting for one to join", file=sys.stderr)
+            self.close = stack.pop_all().close
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.desk = Desk.options(scheduling_strategy=here).remote()
         self.task = ray.remote(train).options(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)
@@ -266,8 +269,3 @@ class RayEngine:
 
     def stop(self) -> None:
         ray.get(self.desk.stop.remote())
-
-    def close(self) -> None:
-        ray.shutdown()
-        self.open.close()
-        shutil.rmtree(self.code)
