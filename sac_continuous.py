@@ -1191,10 +1191,17 @@ def train(args: Args) -> int:
         log.close()
         lock.release()
     print(f"evaluation return {result['returns'].mean():.1f} +- {result['returns'].std():.1f} after {done} steps")
-    print(f"  run folder  {run_dir}")
-    print(f"  curves      tensorboard --logdir {shlex.quote(str(run_dir))}")
-    print(f"  policy      python {sys.argv[0]} --evaluate {shlex.quote(str(run_dir))}")
+    print_where_all_is(run_dir)
     return 0
+
+
+def print_where_all_is(run_dir: Path) -> None:
+    folder, plot = shlex.quote(str(run_dir)), Path(__file__).with_name("benchmark") / "plot.py"
+    print(f"  run folder  {run_dir}")
+    if plot.exists():  # the script may have been copied without it
+        print(f"  curves      python {os.path.relpath(plot)} {folder} --out {folder}/curves.png")
+    print(f"  TensorBoard tensorboard --logdir {folder}")
+    print(f"  policy      python {sys.argv[0]} --evaluate {folder}")
 
 
 def evaluate_policy(args: Args) -> int:
