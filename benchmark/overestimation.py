@@ -1,4 +1,4 @@
-"""Writes a table of how far the critics over-estimate: Q at the first state of evaluation episodes against their return.
+"""Writes a table of the critics' over-estimation: Q at the first state of evaluation episodes against their return.
 
 Example:
     python benchmark/overestimation.py benchmark/results/hopper*
