@@ -776,6 +776,9 @@ def evaluate(actor: Actor, envs: list[gym.Env], gamma: float = 1.0, first: int =
 def make_drawn_env(args: Args) -> gym.Env:
     """An environment to record. Raises UserError if nothing can be drawn here."""
     env = FrameText(make_env(args, render_mode="rgb_array"))
+    if hasattr(env.unwrapped, "mujoco_renderer"):  # whose own choice of camera stays behind; -1 is that one
+        camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        env.unwrapped.mujoco_renderer.camera_id = camera
     try:
         env.reset()
         env.render()
