@@ -26,7 +26,7 @@ def setting_of(curve: Curve, name: str) -> float:
 
 def plot_against_setting(curves: list[Curve], setting: str, columns: list[str]):
     env_ids = sorted({curve.env_id for curve in curves})
-    figure, panels = plt.subplots(1, len(env_ids), figsize=(4.5 * len(env_ids), 3.2), squeeze=False, layout="tight")
+    figure, panels = plt.subplots(1, len(env_ids), figsize=(4 * len(env_ids) + 2.5, 3.2), squeeze=False, layout="tight")
     for panel, env_id in zip(panels[0], env_ids, strict=True):
         of_env = [(setting_of(curve, setting), curve) for curve in curves if curve.env_id == env_id]
         values = sorted({value for value, _ in of_env})
@@ -41,7 +41,7 @@ def plot_against_setting(curves: list[Curve], setting: str, columns: list[str]):
         panel.set(title=env_id, xlabel=setting.replace("_", " "), ylabel="return", xscale="log")
         panel.set_xticks(values, [f"{value:g}" for value in values], minor=False)
         panel.minorticks_off()
-    panels[0][0].legend(frameon=False)
+    panels[0][-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -209,6 +209,18 @@ def test_expert_return_is_the_experts_or_else_the_demonstrations(tmp_path, data)
     assert float(rows(tmp_path / "expert")[0]["expert_return_mean"]) == pytest.approx(returns.mean(), rel=1e-6)
 
 
+def test_a_row_has_the_returns_of_the_mean_and_of_sampled_actions(tmp_path, data):
+    run(tmp_path, f"{SMALL} --expert-data {data}")
+    last = rows(tmp_path / "run")[-1]
+    actor = bc.load_policy(str(tmp_path / "run"))["actor"]
+    eval_envs = [bc.make_env(bc.Args(env_id="envs:Tiny-v0")) for _ in range(2)]
+    for column, noise in (("eval_return", None), ("eval_sampled_return", bc.stream(bc.EVALUATION, 1))):
+        returns = bc.evaluate(actor, eval_envs, noise)["returns"]
+        assert float(last[f"{column}_mean"]) == pytest.approx(returns.mean(), rel=1e-6)
+        assert float(last[f"{column}_std"]) == pytest.approx(returns.std(), rel=1e-6)
+    assert last["eval_return_mean"] != last["eval_sampled_return_mean"]
+
+
 def test_sampled_evaluation_by_hand():
     """Two episodes of sampled actions, replayed one after the other with the same noise."""
     actor = bc.Actor(2, 1, 8, 1, "tanh", "shared", squash=False)

@@ -70,7 +70,9 @@ def test_data_set_keeps_the_newest_in_order():
     copy = dagger.DataSet(5, 2, 1, torch.device("cpu"))
     copy.load_checkpoint(data.checkpoint())
     add(6, 18)  # more than it holds, at once
-    assert held() == [13, 14, 15, 16, 17]
+    assert data.obs[:, 0].tolist() == [15, 16, 17, 13, 14]
+    add(18, 20)
+    assert held() == [15, 16, 17, 18, 19]
     data = copy  # from before
     assert held() == [1, 2, 3, 4, 5]
     add(6, 8)
@@ -191,6 +193,13 @@ def test_run_folder(tmp_path, tiny):
     assert list(table[0]) == [*columns.split(), "expert_return_mean"]
     assert [row["step"] for row in table] == ["20", "40", "60", "80"]
     assert [row["iteration"] for row in table] == ["0", "1", "2", "3"]
+    actor = bc.load_policy(str(tmp_path / "run"))["actor"]
+    eval_envs = [bc.make_env(bc.Args(env_id="envs:Tiny-v0")) for _ in range(2)]
+    for column, noise in (("eval_return", None), ("eval_sampled_return", dagger.stream(dagger.EVALUATION, 1))):
+        returns = dagger.evaluate(actor, eval_envs, noise)["returns"]
+        assert float(table[-1][f"{column}_mean"]) == pytest.approx(returns.mean(), rel=1e-6)
+        assert float(table[-1][f"{column}_std"]) == pytest.approx(returns.std(), rel=1e-6)
+    assert table[-1]["eval_return_mean"] != table[-1]["eval_sampled_return_mean"]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {f"policy_iteration_{i}.pt" for i in range(4)} | {"policy.pt", "args.json", "checkpoint.pt"} <= names
     assert same_policy(tmp_path / "run/policy.pt", tmp_path / "run/policy_iteration_3.pt")
