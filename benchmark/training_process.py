@@ -40,7 +40,9 @@ def start(
 
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
-        output.write(f"$ {shlex.join(command)}\n".encode())
+        # On a line of its own: an attempt that was killed leaves a bar without an end of line.
+        newline = "\n" if output.tell() else ""
+        output.write(f"{newline}$ {shlex.join(command)}\n".encode())
         output.flush()
         return subprocess.Popen(
             command,

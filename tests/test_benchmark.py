@@ -62,11 +62,11 @@ while state["step"] < args.total_steps:
                 file.write("step,wall_time_s,eval_return_mean\\n")
             file.write(f"{state['step']},{state['step'] / 10},{state['value']}\\n")
         save()
-        print(f"{100 * state['step'] // args.total_steps}%|##|", flush=True)
+        print(f"\\r{100 * state['step'] // args.total_steps}%|##|", end="", flush=True)
     first_time = not (folder / "crashed").exists()
     if state["step"] == 12 and (args.crash == "always" or args.crash == "once" and first_time):
         (folder / "crashed").touch()
-        sys.exit("the dog ate my gradients")
+        sys.exit("\\nthe dog ate my gradients")
     if stop:
         save()
         sys.exit(128 + stop[0])
