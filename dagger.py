@@ -3,6 +3,7 @@
 # dependencies = [
 #     "filelock==4.2.11",
 #     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
@@ -140,12 +141,16 @@ def check_args(args: Args) -> None:
     counts = "train_steps_per_iteration rollout_steps buffer_size batch_size num_trajectories hidden_size num_layers"
     counts += " eval_episodes log_every max_episode_steps"
     ranges = [
-        ("at least 1", lambda x: x >= 1, counts),
-        ("0 or more", lambda x: 0 <= x < 2**63, "seed torch_threads"),
+        ("at least 1, at most 2^31", lambda x: 1 <= x <= 2**31, counts),
+        ("0 or more", lambda x: 0 <= x < 2**63, "seed"),
+        ("from 0 to 1024", lambda x: 0 <= x <= 1024, "torch_threads"),
         ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate"),
         ("between 0 and 1", lambda x: 0 <= x <= 1, "expert_mixing"),
         ("at least 2; for cloning without DAgger take bc.py", lambda x: x >= 2, "num_iterations"),
     ]
+    for field in dataclasses.fields(Args):
+        if getattr(args, field.name) == "":
+            raise UserError(f"{flag(field.name)} is empty: give it a value or leave it out")
     for meaning, holds, names in ranges:
         for name in names.split():
             value = getattr(args, name)
@@ -259,7 +264,7 @@ LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 class Actor(nn.Module):
     """Gaussian policy, squashed by tanh into [-1, 1]^action_dim unless told otherwise.
 
-    The log standard deviation is clamped to [-20, 2], as in the papers' own code.
+    The log standard deviation is clamped to [-20, 2], as in sac_continuous.py.
     """
 
     def __init__(
@@ -565,11 +570,11 @@ class PickledExpert(nn.Module):
             moments = policy["obsnorm"]["Standardizer"]
             hidden = policy["hidden"]["FeedforwardNet"]
             affine = [hidden[name]["AffineLayer"] for name in sorted(hidden)] + [policy["out"]["AffineLayer"]]
-            mean, mean_square = (numbers(path, name, moments[name]) for name in ("mean_1_D", "meansq_1_D"))
+            mean, mean_square = (numbers(path, name, moments[name]).reshape(-1) for name in ("mean_1_D", "meansq_1_D"))
             weights = [(numbers(path, "W", layer["W"]), numbers(path, "b", layer["b"])) for layer in affine]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a policy of CS285 ({type(error).__name__}: {error})") from None
-        sizes = [weights[0][0].shape[0], *(bias.size for _, bias in weights)]
+        sizes = [len(np.atleast_1d(weights[0][0])), *(bias.size for _, bias in weights)]
         if any(w.shape != shape for (w, _), shape in zip(weights, itertools.pairwise(sizes), strict=True)):
             raise UserError(f"{path}: its layers do not fit each other: {[w.shape for w, _ in weights]}")
         # What is left out there: contact forces, six for each body, which Ant-v4 observed once and now does on request.
@@ -782,6 +787,7 @@ def load_policy(path: str) -> dict:
     try:
         policy["actor"] = Actor(**{name: policy[name] for name in POLICY_SHAPE})
         policy["actor"].load_state_dict(policy["state_dict"])
+        Args(env_id=policy["env_id"], env_kwargs=policy["env_kwargs"], max_episode_steps=policy["max_episode_steps"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{file}: no policy can be built from it ({' '.join(str(error).split())[:200]})") from None
     if not all(value.isfinite().all() for value in policy["state_dict"].values()):
@@ -820,8 +826,11 @@ def read_args(run_dir: Path) -> Args:
 
 def cut_rows(path: Path, last_step: int) -> None:
     """Drops the rows of progress.csv after last_step, and one that was cut off in the middle of a line."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
+    except ValueError:
+        raise UserError(f"{path}: damaged; mend it or move it away, then resume again") from None
     with replacing(path) as file:
         file.write("".join(lines[:1] + rows if rows else []).encode())
 
@@ -829,7 +838,7 @@ def cut_rows(path: Path, last_step: int) -> None:
 def open_run_dir(args: Args) -> tuple[Path, filelock.FileLock]:
     """The run folder, made if it is new, and the lock that keeps a second process out. Raises UserError."""
     started = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}"
+    name = f"{args.env_id.replace('/', '_')}__{args.exp_name.replace('/', '_')}__{args.seed}__{started}"
     run_dir = Path(args.resume or args.run_dir or Path("runs", name))
     try:
         leftovers = {".lock", "args.json.tmp"}  # of a run killed before it wrote anything
@@ -962,7 +971,7 @@ class RunLog:
             writer = csv.DictWriter(file, list(row))
             if file.tell() == 0:
                 writer.writeheader()
-            writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
+            writer.writerow({name: value if isinstance(value, int) else f"{value:.8g}" for name, value in row.items()})
             file.flush()
             os.fsync(file.fileno())  # a checkpoint may not outlive the rows before it
         self.scalars("evaluation", row, step)
@@ -1006,7 +1015,7 @@ def train(args: Args) -> int:
             raise UserError(f"--batch-size {args.batch_size}: larger than the data, {len(data_set)} demonstrated steps")
 
     run_dir, lock = open_run_dir(args)
-    continue_with = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
+    continue_with = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
     first_iteration, saved_log = 0, None
     arithmetic = f"--device {device} with {torch.get_num_threads()} threads"
     if checkpoint:
@@ -1068,7 +1077,7 @@ def train(args: Args) -> int:
         print(f"stopped in iteration {iteration}, all before it is saved; continue with\n  {continue_with}")
         return 128 + stop.number
     except OSError as error:
-        reason = f"{run_dir} cannot be written ({error.strerror or error})"
+        reason = f"{run_dir}: stopped by the system ({error.strerror or error})"
         raise RunError(f"{reason}; mend that, then continue from the last checkpoint: {continue_with}") from None
     except RunError as error:
         raise RunError(f"{error}; rows, policy and checkpoint from before are in {run_dir}") from None

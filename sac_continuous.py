@@ -4,6 +4,7 @@
 #     "filelock==4.2.11",
 #     "gymnasium[mujoco]==1.4.0",
 #     "moviepy==2.2.1",
+#     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "pillow==11.3.0",
 #     "tensorboard==2.21.0",
@@ -184,14 +185,18 @@ def check_args(args: Args) -> None:
     counts += " hidden_size num_layers eval_every eval_episodes log_every checkpoint_every max_episode_steps"
     counts += " video_every video_episodes"
     ranges = [
-        ("at least 1", lambda x: x >= 1, counts),
-        ("0 or more", lambda x: 0 <= x < 2**63, "seed random_steps learning_starts torch_threads"),
+        ("at least 1, at most 2^31", lambda x: 1 <= x <= 2**31, counts),
+        ("0 or more", lambda x: 0 <= x < 2**63, "seed random_steps learning_starts"),
+        ("from 0 to 1024", lambda x: 0 <= x <= 1024, "torch_threads"),
         ("above 0 and finite", lambda x: 0 < x < math.inf, "actor_lr critic_lr temperature_lr actor_std"),
         ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma"),
         ("above 0 and at most 1", lambda x: 0 < x <= 1, "tau"),
         ("0 or more and finite", lambda x: 0 <= x < math.inf, "temperature"),
         ("finite", math.isfinite, "target_entropy"),
     ]
+    for field in dataclasses.fields(Args):
+        if getattr(args, field.name) == "":
+            raise UserError(f"{flag(field.name)} is empty: give it a value or leave it out")
     for meaning, holds, names in ranges:
         for name in names.split():
             value = getattr(args, name)
@@ -549,7 +554,8 @@ def reinforce_loss(
 ) -> torch.Tensor:
     """The same objective by the score function (Williams 1992): its gradient in Q is E[grad log pi(a|s) Q(s, a)].
 
-    score: log pi of actions held fixed; q: (batch,), no gradient. The entropy keeps its reparametrised gradient.
+    score: log pi of actions held fixed; q: (batch,), no gradient, no baseline taken off. The entropy keeps its
+    reparametrised gradient.
     """
     return (temperature * log_prob - score * q).mean()
 
@@ -783,9 +789,10 @@ def make_drawn_env(args: Args) -> gym.Env:
         env.reset()
         env.render()
     except Exception as error:  # every simulator has its own way to say that it cannot draw
-        needs = "MuJoCo needs OpenGL (Debian, Ubuntu: apt-get install libegl1 libgl1)"
+        opengl = "; MuJoCo needs OpenGL (Debian, Ubuntu: apt-get install libegl1 libgl1)"
+        needs = opengl if hasattr(env.unwrapped, "mujoco_renderer") else ""
         reason = " ".join(str(error).split())
-        raise UserError(f"--capture-video: {args.env_id} cannot be drawn ({reason}); {needs}") from None
+        raise UserError(f"--capture-video: {args.env_id} cannot be drawn ({reason}){needs}") from None
     return env
 
 
@@ -877,6 +884,7 @@ def load_policy(path: str) -> dict:
     try:
         policy["actor"] = Actor(**{name: policy[name] for name in POLICY_SHAPE})
         policy["actor"].load_state_dict(policy["state_dict"])
+        Args(env_id=policy["env_id"], env_kwargs=policy["env_kwargs"], max_episode_steps=policy["max_episode_steps"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{file}: no policy can be built from it ({' '.join(str(error).split())[:200]})") from None
     if not all(value.isfinite().all() for value in policy["state_dict"].values()):
@@ -915,8 +923,11 @@ def read_args(run_dir: Path) -> Args:
 
 def cut_rows(path: Path, last_step: int) -> None:
     """Drops the rows of progress.csv after last_step, and one that was cut off in the middle of a line."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
+    except ValueError:
+        raise UserError(f"{path}: damaged; mend it or move it away, then resume again") from None
     with replacing(path) as file:
         file.write("".join(lines[:1] + rows if rows else []).encode())
 
@@ -924,7 +935,7 @@ def cut_rows(path: Path, last_step: int) -> None:
 def open_run_dir(args: Args) -> tuple[Path, filelock.FileLock]:
     """The run folder, made if it is new, and the lock that keeps a second process out. Raises UserError."""
     started = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}"
+    name = f"{args.env_id.replace('/', '_')}__{args.exp_name.replace('/', '_')}__{args.seed}__{started}"
     run_dir = Path(args.resume or args.run_dir or Path("runs", name))
     try:
         leftovers = {".lock", "args.json.tmp"}  # of a run killed before it wrote anything
@@ -1066,7 +1077,7 @@ class RunLog:
             writer = csv.DictWriter(file, list(row))
             if file.tell() == 0:
                 writer.writeheader()
-            writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
+            writer.writerow({name: value if isinstance(value, int) else f"{value:.8g}" for name, value in row.items()})
             file.flush()
             os.fsync(file.fileno())  # a checkpoint may not outlive the rows before it
         self.scalars("evaluation", row, step)
@@ -1114,16 +1125,19 @@ def train(args: Args) -> int:
     eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
     obs_dim, action_dim = env.env.observation_space.shape[0], env.env.action_space.shape[0]
     torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
-    agent = Agent(args, obs_dim, action_dim, device)
     try:
+        agent = Agent(args, obs_dim, action_dim, device)
         buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     except RuntimeError:
-        raise UserError(f"--buffer-size {args.buffer_size}: does not fit into memory; take a smaller one") from None
+        sizes = ", ".join(
+            f"{flag(name)} {getattr(args, name)}" for name in ("buffer_size", "hidden_size", "num_critics")
+        )
+        raise UserError(f"{sizes}: do not fit into memory together; take smaller ones") from None
 
     if args.capture_video:
         make_drawn_env(args).close()
     run_dir, lock = open_run_dir(args)
-    continue_with = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
+    continue_with = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
     first_step, saved_log = 0, None
     checkpoint = load_checkpoint(run_dir) if args.resume else None
     arithmetic = f"--device {device} with {torch.get_num_threads()} threads"
@@ -1139,7 +1153,8 @@ def train(args: Args) -> int:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--resume {run_dir}: its checkpoint does not fit its args.json ({reason})") from None
     if first_step >= args.total_steps:
-        print(f"{run_dir} is finished: {first_step} steps; a larger --total-steps continues it")
+        more = "" if args.lr_schedule == "linear" else "; a larger --total-steps continues it"
+        print(f"{run_dir} is finished: {first_step} steps{more}")
         return 0
     write_args(dataclasses.replace(args, run_dir=str(run_dir), resume=None, device=str(device)), run_dir)
     log = RunLog(args, run_dir, first_step, saved_log)
@@ -1186,7 +1201,7 @@ def train(args: Args) -> int:
                 print(f"stopped at step {done}, everything is saved; continue with\n  {continue_with}")
                 return 128 + stop.number
     except OSError as error:
-        reason = f"{run_dir} cannot be written ({error.strerror or error})"
+        reason = f"{run_dir}: stopped by the system ({error.strerror or error})"
         raise RunError(f"{reason}; mend that, then continue from the last checkpoint: {continue_with}") from None
     except RunError as error:
         raise RunError(f"{error}; rows, policy and checkpoint from before are in {run_dir}") from None

@@ -1,5 +1,6 @@
 """sac_continuous.py from command line to run folder, good and bad input."""
 
+import ast
 import csv
 import json
 import os
@@ -224,6 +225,11 @@ BAD_INPUT = [
     ("--actor-std 0", "--actor-std 0"),
     ("--max-episode-steps 0", "--max-episode-steps 0"),
     ("--buffer-size 100000000000000", "--buffer-size 100000000000000"),
+    ("--hidden-size 100000000", "--hidden-size 100000000"),
+    ("--torch-threads 3000000000", "--torch-threads 3000000000"),
+    ("--exp-name=", "--exp-name is empty"),
+    ("--resume=", "--resume"),
+    ("--evaluate=", "--evaluate"),
     ("--total-steps 100 --learning-starts 100", "--learning-starts 100 and --total-steps 100"),
     ("--batch-size 65 --buffer-size 64", "--batch-size 65 and --buffer-size 64"),
     ("--temperature 0.2 --target-entropy -3", "--target-entropy -3.0 and --temperature 0.2"),
@@ -308,6 +314,7 @@ def test_a_loss_that_becomes_infinite_stops_the_run(tmp_path, capsys):
         (lambda policy: policy.update(hidden_size=17), "no policy can be built"),
         (lambda policy: policy.update(activation="step"), "no policy can be built"),
         (lambda policy: policy.pop("state_dict"), "no policy can be built"),
+        (lambda policy: policy.pop("env_id"), "no policy can be built"),
         (lambda policy: policy.update(state_dict=7), "no policy can be built"),
         (lambda policy: policy["state_dict"]["net.0.weight"].fill_(torch.nan), "not finite"),
         (lambda policy: policy.update(format="policy/9"), "policy/9"),
@@ -377,8 +384,14 @@ def test_inline_metadata_has_the_pins_of_requirements_txt(script):
     pins = set((ROOT / "requirements.txt").read_text().split())
     assert metadata["requires-python"] == ">=3.11"
     assert set(metadata["dependencies"]) <= pins
-    imported = {"torch", "gymnasium[mujoco]", "numpy", "tyro", "tensorboard", "tqdm", "filelock", "moviepy", "pillow"}
-    assert imported <= {pin.split("==")[0] for pin in metadata["dependencies"]}
+    packages = {pin.split("==")[0].split("[")[0]: pin for pin in pins}
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {alias.name for node in imports for alias in node.names} | {
+        getattr(node, "module", "") for node in imports
+    }
+    imported = {module.split(".")[0].replace("PIL", "pillow") for module in modules} & packages.keys()
+    assert len(imported) > 5
+    assert {packages[name] for name in imported - {"minari"}} <= set(metadata["dependencies"])
 
 
 def test_importing_the_script_has_no_side_effects(tmp_path):
