@@ -297,7 +297,7 @@ BAD = [
     ("--expert-data data.txt", "data.txt: must be a .npz or .pkl file"),
     ("--expert nothing", "nothing: cannot be read"),
     ("--env-id Pendulum-v1", "a policy for 2 observations and 1 actions, Pendulum-v1 has 3 and 1"),
-    ("--buffer-size 100000000000000", "--buffer-size 100000000000000: does not fit into memory"),
+    ("--buffer-size 100000000000000", "--buffer-size 100000000000000: must be at least 1"),
 ]
 
 
