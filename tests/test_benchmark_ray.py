@@ -149,7 +149,7 @@ def test_crashes_and_refusals_on_the_cluster(tmp_path, cluster):
     experiment = write_experiment(tmp_path, variants=variants, seeds=list(range(6)))
     result = run("sweep", experiment, "--out", tmp_path / "out", *on(cluster), code=1)
     refused = result.stderr.count("refused   wrong/")
-    assert 1 <= refused <= 3 and "unrecognized arguments: --sted-s 1" in result.stderr
+    assert 1 <= refused <= 5 and "unrecognized arguments: --sted-s 1" in result.stderr
     for count in ("6 finished", "6 failed", f"{refused} refused", f"{6 - refused} not started"):
         assert count in result.stderr.splitlines()[-1]
     assert result.stderr.count("    the dog ate my gradients") == 6
@@ -171,16 +171,16 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path, cluster, address):
     engine = on(cluster) if address == "cluster" else ["--engine", "ray", "--bring-back-every", "0.5"]
     experiment = write_experiment(tmp_path, seeds=[1, 2, 3], settings={"total-steps": 100})
     run("sweep", experiment, "--out", tmp_path / "local")
-    arguments = command("sweep", experiment, "--out", tmp_path / "out", "--step-s", 0.1, *engine)
+    arguments = command("sweep", experiment, "--out", tmp_path / "out", "--step-s", 0.07, *engine)
     sweep = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     out = tmp_path / "out/grid"
-    wait_until(lambda: len(list(out.glob("*.log"))) == 2)
+    wait_until(lambda: len(list(out.glob("*/checkpoint.pt"))) == 2)
     os.killpg(sweep.pid, signal.SIGINT)
     stderr = sweep.communicate(timeout=600)[1]
     assert sweep.returncode == 130 and "3 runs: 3 left" in stderr
     assert not any(is_alive(pid) for log in out.glob("*.log") for pid in pids(log))
     steps = [json.loads(path.read_text())["step"] for path in out.glob("*/checkpoint.pt")]
-    assert any(step % 5 for step in steps)  # what a run saved on being stopped has come back
+    assert any(step % 5 for step in steps), steps  # what a run saved on being stopped has come back
     run("sweep", experiment, "--out", tmp_path / "out", *engine)
     assert policies(out) == policies(tmp_path / "local/grid")
     assert not list(out.glob(".*.incoming"))
