@@ -7,7 +7,6 @@ again: a new task gets what the desk has written so far and resumes from there.
 
 import contextlib
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -191,10 +190,6 @@ class RayEngine:
             raise UserError(f"--address {address}: run the sweep on a machine of the cluster instead, with auto")
         if address and address != "auto":
             check_reachable(address)
-        environment = {"RAY_USAGE_STATS_ENABLED": "0"}
-        if not address:  # a token for this session alone; else Ray would leave one in the home folder
-            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        os.environ.update(environment | os.environ)
         with contextlib.ExitStack() as stack:
             code = ship(script)
             stack.callback(shutil.rmtree, code)
@@ -210,9 +205,10 @@ class RayEngine:
                         **({} if address else {"include_dashboard": False}),
                     )
             except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                hint = f"is a Ray cluster there, and is RAY_AUTH_TOKEN the same here? More in {log}"
-                raise UserError(f"--address {address}: {reason}; {hint}") from None
+                reason = " ".join(str(error).split())[:300]
+                hint = "; is a Ray cluster there, and is RAY_AUTH_TOKEN the same here?" if address else ""
+                what = f"--address {address}" if address else "--engine ray"
+                raise UserError(f"{what}: {reason}{hint} More in {log}") from None
             stack.callback(ray.shutdown)
             if not any(can_run(node, cpus_per_run, gpus_per_run) for node in ray.nodes()):
                 message = f"no node has {cpus_per_run:g} processors and {gpus_per_run:g} GPUs for a run"

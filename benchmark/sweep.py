@@ -9,6 +9,7 @@ skips what is finished and resumes what was cut off.
 """
 
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -178,6 +179,11 @@ def parse_args() -> tuple:
 def make_engine(args, runs: list[Run]):
     if args.engine == "local":
         return LocalEngine(args.jobs or len(os.sched_getaffinity(0)))
+    # Ray reads these when it is imported.
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if not args.address:  # a token for this session alone; else Ray would leave one in the home folder
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.update(environment | os.environ)
     try:
         from ray_engine import RayEngine  # Ray is heavy, and only this engine needs it
     except ModuleNotFoundError as error:

@@ -196,6 +196,8 @@ def test_a_folder_that_all_nodes_see(tmp_path, cluster):
 
 
 def test_ray_started_on_this_machine_leaves_nothing(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # as the cluster of the other tests has set them
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     experiment = write_experiment(tmp_path, seeds=[1])
