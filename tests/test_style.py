@@ -1,4 +1,4 @@
-"""The repository's own ruff settings hold."""
+"""The repository's own ruff settings hold, and its pages link to what there is."""
 
 import re
 import subprocess
@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *ROOT.glob("experts/*.md"), *ROOT.glob("benchmark/**/*.md")]
+
+
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
 def test_ruff(command):
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("page", sorted(Path(__file__).parent.parent.rglob("README.md")), ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_links_and_pictures_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
