@@ -53,11 +53,11 @@ class Desk:
         """Returns those of the runs that have not begun, and now will not."""
         withdrawn = [run for run in runs if run not in self.fractions]
         for run in withdrawn:
-            self.attempts[run] = -1
+            del self.attempts[run]
         return withdrawn
 
     def begin(self, run: Run, attempt: int) -> bool:
-        if self.attempts[run] != attempt:
+        if self.attempts.get(run) != attempt:
             return False
         self.fractions[run] = 0.0
         self.receivers[run] = Receiver(run.folder)
@@ -69,20 +69,21 @@ class Desk:
 
     def report(self, run: Run, attempt: int, fraction: float) -> bool:
         """Returns whether to go on."""
-        if self.attempts[run] == attempt:
+        heard = self.attempts.get(run) == attempt
+        if heard:
             self.fractions[run] = fraction
-        return self.attempts[run] == attempt and not self.stopping
+        return heard and not self.stopping
 
     def bring(self, run: Run, attempt: int, piece: Piece) -> None:
-        if self.attempts[run] == attempt:
+        if self.attempts.get(run) == attempt:
             self.receivers[run].accept(piece)
 
     def running(self) -> dict[Run, float]:
         return self.fractions
 
     def end(self, run: Run) -> None:
-        self.fractions.pop(run, None)
-        self.receivers.pop(run, None)
+        for of_runs in (self.attempts, self.fractions, self.receivers):
+            of_runs.pop(run, None)
 
     def stop(self) -> None:
         self.stopping = True
