@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import training_process
 from grid import Run, clear_false_start
 
+REFUSED = 2  # the scripts' exit code for settings that they do not take
+NOT_BEGUN = -1000  # no process ends with it: the run's variant was refused before its turn came
+
 
 @dataclass(frozen=True)
 class Ended:

@@ -23,8 +23,8 @@ import ray
 import ray.exceptions
 import training_process
 from errors import UserError
-from grid import Run, clear_false_start
-from local_engine import Ended
+from grid import Run, clear_false_start, has_run
+from local_engine import NOT_BEGUN, REFUSED, Ended
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transfer import Piece, Receiver, pieces
 
@@ -42,6 +42,7 @@ class Desk:
         self.attempts: dict[Run, int] = {}
         self.fractions: dict[Run, float] = {}
         self.receivers: dict[Run, Receiver] = {}
+        self.refused_variants: set[str] = set()
         self.stopping = False
 
     def submit(self, run: Run, attempt: int) -> None:
@@ -56,8 +57,12 @@ class Desk:
             del self.attempts[run]
         return withdrawn
 
+    def refuse(self, variant: str) -> None:
+        """At once, without a way round by the driver: no further run of the variant begins."""
+        self.refused_variants.add(variant)
+
     def begin(self, run: Run, attempt: int) -> bool:
-        if self.attempts.get(run) != attempt:
+        if self.attempts.get(run) != attempt or run.variant in self.refused_variants:
             return False
         self.fractions[run] = 0.0
         self.receivers[run] = Receiver(run.folder)
@@ -98,7 +103,7 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
             return thread.submit(ray.get, reference).result()
 
         if not wait_for(desk.begin.remote(run, attempt)):
-            return None
+            return NOT_BEGUN
         script = Path.cwd() / "script" / run.script.name  # as shipped with the job
         env = {} if ray.get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""}
         with tempfile.TemporaryDirectory(prefix="sweep-") as scratch:
@@ -112,6 +117,7 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
             if not shared_out:
                 thread.submit(fetch, run, desk, Receiver(folder)).result()
             clear_false_start(folder)
+            fresh = not has_run(folder)
             log = run.log(folder)
             # SIGKILL: when the node is lost, nothing that the process could still save would be found.
             process = training_process.start(run.command(folder, script), log, signal.SIGKILL, env, cwd=script.parent)
@@ -129,6 +135,8 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
                         bring_back()
                         brought_back = time.monotonic()
                 bring_back()
+                if process.returncode == REFUSED and fresh:
+                    wait_for(desk.refuse.remote(run.variant))
             finally:
                 training_process.kill(process)
     return process.returncode

@@ -21,11 +21,10 @@ import training_process
 from display import Display
 from errors import Parser, UserError, run_main
 from grid import Run, has_run, make_runs, parse_overrides
-from local_engine import Ended, LocalEngine
+from local_engine import NOT_BEGUN, REFUSED, Ended, LocalEngine
 
 MAX_ATTEMPTS = 2
 MAX_LOSSES = 10  # a run that so many machines died under is perhaps what kills them
-REFUSED = 2
 
 
 class Sweep:
@@ -79,6 +78,8 @@ class Sweep:
             self.display.line(f"finished  {run.name} ({self.counts['finished']} of {self.display.total})")
         elif self.stopping:
             pass  # it is left for the next time
+        elif code == NOT_BEGUN:
+            self.counts["not started"] += 1
         elif code is None and self.losses[run] < MAX_LOSSES:
             self.losses[run] += 1
             self.waiting.appendleft(run)
