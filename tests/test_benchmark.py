@@ -1,6 +1,7 @@
 # ruff: noqa: E402 - benchmark/ must be on the path before its modules are imported
 """Sweeps on one machine, experiment files, curves and tables. What learns here is a stand-in that takes no time."""
 
+import contextlib
 import csv
 import json
 import os
@@ -291,6 +292,8 @@ def make_run(folder: Path, step: int) -> None:
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for name in ("checkpoint.pt", "progress.csv", "videos/a.mp4"):
         (folder / name).write_text(f"{name} {step}")
+    for i in range(3):
+        (folder / f"{i}.tmp").touch()  # half-written: these stay, as the lock does
     (folder / ".lock").touch()
     folder.with_name(folder.name + ".log").write_text(f"log {step}")
 
@@ -313,15 +316,35 @@ def test_a_run_folder_travels_in_pieces_and_only_what_has_changed(tmp_path, monk
 
 def test_a_transfer_that_breaks_off_leaves_a_whole_older_state(tmp_path):
     there, here = tmp_path / "there/run", tmp_path / "here/run"
-    make_run(there, 1)
-    for receiver_sees in (1.0, 0.6):
-        make_run(there, 2 if receiver_sees < 1 else 1)
+    for state in (1, 2):
+        make_run(there, state)
         receiver, pieces = transfer.Receiver(here), list(transfer.pieces(there, {}))
         assert pieces[0][0] == "run/checkpoint.pt"  # opened first: the others are at least as new
-        for piece in pieces[: int(len(pieces) * receiver_sees)]:
+        for piece in pieces if state == 1 else pieces[:-1]:
             receiver.accept(piece)
     assert (here / "checkpoint.pt").read_text() == "checkpoint.pt 1"
     assert (here / "progress.csv").read_text() == "progress.csv 1"
+
+
+@pytest.mark.parametrize("replaced", range(5))
+def test_the_checkpoint_is_never_ahead_of_the_rows(tmp_path, monkeypatch, replaced):
+    there, here, replace = tmp_path / "there/run", tmp_path / "here/run", os.replace
+    for state in (1, 2):
+        make_run(there, state)
+        allowed = iter(range(replaced if state == 2 else 99))
+
+        def replace_some(source, target, allowed=allowed):
+            if next(allowed, None) is None:
+                raise OSError("the power is gone")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", replace_some)
+        with contextlib.suppress(OSError):
+            receiver = transfer.Receiver(here)
+            for piece in transfer.pieces(there, {}):
+                receiver.accept(piece)
+    checkpoint, rows = ((here / name).read_text()[-1] for name in ("checkpoint.pt", "progress.csv"))
+    assert checkpoint <= rows and (checkpoint == "2") == (replaced == 4)
 
 
 # -------------------------------------------------------------------------------------------- curves and tables
