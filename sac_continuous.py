@@ -33,6 +33,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -45,7 +46,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,6 +91,8 @@ class Args:
     """CPU threads for PyTorch; 0 leaves its default"""
     matmul_precision: Literal["exact", "bf16", "tf32"] = "exact"
     """of matrix products; bf16: CPUs with AMX, tf32: NVIDIA GPUs"""
+    cuda_graph: bool = True
+    """on a GPU: replay the whole update as one CUDA graph"""
 
     total_steps: int = 1_000_000
     """environment steps"""
@@ -162,7 +167,7 @@ class Args:
 
 # What --resume may change, and what --evaluate listens to.
 RESUME_MAY_CHANGE = {"resume", "total_steps", "eval_every", "eval_episodes", "device", "torch_threads"}
-RESUME_MAY_CHANGE |= {"capture_video", "video_every", "video_episodes"}
+RESUME_MAY_CHANGE |= {"capture_video", "video_every", "video_episodes", "cuda_graph"}
 EVALUATE_USES = {"evaluate", "env_id", "env_kwargs", "max_episode_steps", "eval_episodes", "device", "torch_threads"}
 EVALUATE_USES |= {"matmul_precision", "capture_video", "video_episodes", "render"}
 
@@ -394,6 +399,7 @@ class TrainingEnv:
 # ------------------------------------------------------------------------------------------------------- networks
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "leaky-relu": nn.LeakyReLU, "selu": nn.SELU, "silu": nn.SiLU}
+ACTIVATIONS["relu"] = functools.partial(nn.ReLU, inplace=True)  # one pass over memory less
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
 
@@ -466,9 +472,11 @@ class Ensemble(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Inputs (batch, dim), concatenated: obs, action for Q(s, a), obs for V(s). Returns (num_members, batch)."""
         x = torch.cat(inputs, dim=-1).expand(len(self.weights[0]), -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, self.activation(x) if i else x, weight)
-        return x.squeeze(-1)
+        *hidden_layers, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+        for weight, bias in hidden_layers:
+            x = self.activation(torch.baddbmm(bias, x, weight))
+        # One column: products and a sum are faster than a matrix product, forwards and backwards.
+        return torch.linalg.vecdot(x, last_weight.mT) + last_bias.squeeze(-1)
 
 
 # -------------------------------------------------------------------------------------------------- replay buffer
@@ -494,9 +502,12 @@ class ReplayBuffer:
         self.rows[self.num_added % len(self.rows)] = torch.from_numpy(row)
         self.num_added += 1
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Uniform with replacement. Returns obs, action, reward (batch,), next_obs, terminated (batch,)."""
-        index = torch.randint(len(self), (batch_size,), generator=generator, device=self.rows.device)
+    def draw(self, index: torch.Tensor, generator: torch.Generator) -> None:
+        """Fills index with numbers of rows, uniform with replacement."""
+        torch.randint(len(self), index.shape, generator=generator, out=index)
+
+    def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows index (batch,). Returns obs, action, reward (batch,), next_obs, terminated (batch,)."""
         obs, action, reward, next_obs, terminated = self.rows.index_select(0, index).split(self.sizes, dim=1)
         return obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1)
 
@@ -575,7 +586,7 @@ def temperature_loss(log_temperature: torch.Tensor, log_prob: torch.Tensor, targ
 
 def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     """Differentiates for this optimiser's parameters alone: no other network sees a gradient."""
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
     optimizer.step()
@@ -585,6 +596,42 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau online."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+class CudaGraph:
+    """A function without arguments: called as it is a few times, then captured and replayed as one CUDA graph.
+
+    A replay launches all its kernels at once. It reads and writes the same tensors as the call that was captured, so
+    whatever changes from one call to the next must be in a tensor that stays where it is.
+    """
+
+    EAGER_CALLS = 3  # in which optimisers and libraries allocate what they keep
+
+    def __init__(self, function: Callable, generators: Iterable[torch.Generator]):
+        self.function, self.generators, self.calls, self.graph = function, generators, 0, None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self):
+        """What the function returned; after the capture always the same tensors, filled anew."""
+        self.calls += 1
+        if self.calls <= self.EAGER_CALLS:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream), warnings.catch_warnings(action="ignore"):  # Adam waits for a capture
+                result = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.result = self.function()
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise RunError(f"no CUDA graph of the update ({reason}); --no-cuda-graph trains without") from None
+        self.graph.replay()
+        return self.result
 
 
 class Agent(nn.Module):
@@ -606,14 +653,25 @@ class Agent(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.to(device)
 
-        self.lr = {"actor": args.actor_lr, "critic": args.critic_lr}
-        parameters = {"actor": self.actor.parameters(), "critic": self.critic.parameters()}
+        self.graphs = {} if args.cuda_graph and device.type == "cuda" else None
+
+        def adam(**trained: tuple[Iterable[nn.Parameter], float]) -> torch.optim.Adam:
+            groups = [
+                {"name": name, "params": list(parameters), "lr": torch.tensor(lr, device=device), "initial_lr": lr}
+                for name, (parameters, lr) in trained.items()
+            ]
+            return torch.optim.Adam(groups, fused=True, capturable=self.graphs is not None)
+
+        temperature = {"temperature": ([self.log_temperature], args.temperature_lr)} if self.learned_temperature else {}
+        self.optimizers = {
+            "critic": adam(critic=(self.critic.parameters(), args.critic_lr)),
+            "actor": adam(actor=(self.actor.parameters(), args.actor_lr), **temperature),
+        }
         if self.value:
-            self.lr["value"], parameters["value"] = args.critic_lr, self.value.parameters()
-        if self.learned_temperature:
-            self.lr["temperature"], parameters["temperature"] = args.temperature_lr, [self.log_temperature]
-        self.optimizers = {name: torch.optim.Adam(parameters[name], lr, fused=True) for name, lr in self.lr.items()}
+            self.optimizers["value"] = adam(value=(self.value.parameters(), args.critic_lr))
         self.num_critic_updates = 0
+        self.gradients = {}
+        self.index = torch.empty(args.num_critic_updates, args.batch_size, dtype=torch.int64, device=device)
 
         # One stream per purpose: drawing from one never shifts another.
         names = ("explore", "replay", "update")
@@ -654,12 +712,30 @@ class Agent(nn.Module):
         progress: the share of the run that is over, for the learning rates. Returns tensors whose means are logged.
         """
         if self.args.lr_schedule == "linear":
-            for name, optimizer in self.optimizers.items():
-                optimizer.param_groups[0]["lr"] = self.lr[name] * (1 - progress)
-        for _ in range(self.args.num_critic_updates):
-            batch = buffer.sample(self.args.batch_size, self.streams["replay"])
+            for group in self.parameter_groups():
+                group["lr"].fill_(group["initial_lr"] * (1 - progress))
+        buffer.draw(self.index, self.streams["replay"])
+        if self.graphs is None:
+            metrics, self.gradients = self.run_updates(buffer)
+            return metrics
+        counts = range(self.num_critic_updates + 1, self.num_critic_updates + 1 + self.args.num_critic_updates)
+        target_moves = tuple(count % self.args.target_update_period == 0 for count in counts)
+        if target_moves not in self.graphs:
+            self.graphs[target_moves] = CudaGraph(lambda: self.run_updates(buffer), self.streams.values())
+        metrics, self.gradients = self.graphs[target_moves]()
+        self.num_critic_updates = counts[-1]  # a replay runs no Python
+        return metrics
+
+    def run_updates(self, buffer: ReplayBuffer) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+        """Returns update's metrics and the last gradients."""
+        for index in self.index:
+            batch = buffer[index]
             metrics = self.update_critics(*batch)
-        return metrics | self.update_actor(batch[0])
+        metrics |= self.update_actor(batch[0])
+        return metrics, {group["name"]: [p.grad for p in group["params"]] for group in self.parameter_groups()}
+
+    def parameter_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def update_critics(self, obs, action, reward, next_obs, terminated) -> dict[str, torch.Tensor]:
         args, kind = self.args, self.args.critic_backup
@@ -695,8 +771,9 @@ class Agent(nn.Module):
 
     def update_actor(self, obs) -> dict[str, torch.Tensor]:
         args = self.args
-        mean, log_std = (x.repeat(args.num_actor_samples, 1) for x in self.actor(obs))  # (samples * batch, action_dim)
-        obs = obs.repeat(args.num_actor_samples, 1)
+        obs, mean, log_std = (  # (samples * batch, ...), copied only for several samples
+            x.expand(args.num_actor_samples, -1, -1).flatten(0, 1) for x in (obs, *self.actor(obs))
+        )
         noise = self.random(torch.randn, *mean.shape)
         u = mean + log_std.exp() * noise
         action, log_prob = self.actor.to_action(u), self.actor.log_prob(u, noise, log_std)
@@ -710,25 +787,22 @@ class Agent(nn.Module):
             u = u.detach()
             score = self.actor.log_prob(u, (u - mean) / log_std.exp(), log_std)
             loss = reinforce_loss(score, log_prob, q, temperature)
-        gradient_step(self.optimizers["actor"], loss)
-
-        log_prob = log_prob.detach()
-        if self.learned_temperature:
-            loss_of_temperature = temperature_loss(self.log_temperature, log_prob, self.target_entropy)
-            gradient_step(self.optimizers["temperature"], loss_of_temperature)
+        log_prob, both = log_prob.detach(), loss
+        if self.learned_temperature:  # the two losses share no parameter, so that one step can take both
+            both = loss + temperature_loss(self.log_temperature, log_prob, self.target_entropy)
+        gradient_step(self.optimizers["actor"], both)
         metrics = {"actor_loss": loss.detach(), "entropy": -log_prob, "temperature": temperature}
         return metrics | {"policy_std": log_std.detach().exp(), "action_saturation": action.detach().abs() > 0.99}
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
         """Of the last update, by network."""
-        gradients = {name: [p.grad for p in o.param_groups[0]["params"]] for name, o in self.optimizers.items()}
         norm = torch.nn.utils.get_total_norm
-        return {f"{name}_gradient_norm": norm(g) for name, g in gradients.items() if g[0] is not None}
+        return {f"{name}_gradient_norm": norm(gradients) for name, gradients in self.gradients.items()}
 
     def checkpoint(self) -> dict:
         return {
             "networks": self.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
             "streams": {name: stream.get_state() for name, stream in self.streams.items()},
             "num_critic_updates": self.num_critic_updates,
         }
@@ -736,7 +810,7 @@ class Agent(nn.Module):
     def load_checkpoint(self, saved: dict) -> None:
         self.load_state_dict(saved["networks"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizers"][name]})
         self.num_critic_updates = saved["num_critic_updates"]
         for name, stream in self.streams.items():
             if stream.get_state().shape == saved["streams"][name].shape:
@@ -813,7 +887,7 @@ def record_video(actor: Actor, args: Args, folder: Path, name: str) -> list[np.n
 
 # --------------------------------------------------------------------------------------------- saving and loading
 
-POLICY_FORMAT, CHECKPOINT_FORMAT = "policy/1", "sac-checkpoint/1"
+POLICY_FORMAT, CHECKPOINT_FORMAT = "policy/1", "sac-checkpoint/2"
 
 
 @contextlib.contextmanager
@@ -984,9 +1058,13 @@ def set_up_torch(args: Args) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: not on this machine; take auto, cpu, cuda or cuda:N") from None
 
+    if device.type == "cpu" and not args.cuda_graph:
+        raise UserError(f"--no-cuda-graph --device {args.device}: there are no CUDA graphs on cpu; leave it out")
     cpu = torch.cpu.get_capabilities()
     has_amx = cpu.get("amx_bf16", False)
     possible = {"exact": True, "bf16": device.type == "cpu" and has_amx, "tf32": device.type == "cuda"}

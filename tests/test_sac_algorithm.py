@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import distributions as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sac_continuous as sac
 
@@ -370,7 +372,7 @@ def test_fixed_temperature_stays_and_zero_means_no_bonus():
         for _ in range(3):
             metrics = agent.update(filled_buffer(), 0.0)
         assert float(metrics["temperature"]) == pytest.approx(temperature)
-        assert "temperature" not in agent.optimizers
+        assert {group["name"] for group in agent.parameter_groups()} == {"actor", "critic"}
 
 
 def test_default_target_entropy_is_minus_the_action_dimension():
@@ -383,7 +385,7 @@ def test_linear_schedule_takes_every_rate_to_zero():
     for progress in (0.0, 0.25, 1.0):
         before = copies(agent)
         agent.update(filled_buffer(), progress)
-        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in agent.optimizers.items()}
+        rates = {group["name"]: group["lr"].item() for group in agent.parameter_groups()}
         share = 1 - progress
         assert rates == pytest.approx(
             {"actor": 3e-4 * share, "critic": 1e-3 * share, "value": 1e-3 * share, "temperature": 3e-4 * share}
@@ -397,12 +399,18 @@ def test_linear_schedule_takes_every_rate_to_zero():
 # ---------------------------------------------------------------------------------------------------- the buffer
 
 
+def sample(buffer, batch_size, seed):
+    index = torch.empty(batch_size, dtype=torch.int64)
+    buffer.draw(index, torch.Generator().manual_seed(seed))
+    return buffer[index]
+
+
 def test_buffer_holds_the_last_transitions_across_its_wrap_and_samples_them_uniformly():
     buffer = sac.ReplayBuffer(10, 2, 1, CPU)
     for i in range(27):
         buffer.add([i, -i], [i / 100], 2.0 * i, [i + 1, -i - 1], i % 2 == 0)
     assert len(buffer) == 10
-    obs, action, reward, next_obs, terminated = buffer.sample(20_000, torch.Generator().manual_seed(0))
+    obs, action, reward, next_obs, terminated = sample(buffer, 20_000, seed=0)
     i = obs[:, 0]
     assert torch.equal(obs[:, 1], -i)
     assert torch.allclose(action[:, 0], i / 100)
@@ -419,7 +427,73 @@ def test_buffer_before_it_is_full_samples_only_what_it_holds():
     buffer = sac.ReplayBuffer(1000, 1, 1, CPU)
     for i in range(3):
         buffer.add([i + 1], [0], 0.0, [0], False)
-    assert set(buffer.sample(100, torch.Generator())[0].flatten().tolist()) == {1, 2, 3}
+    assert set(sample(buffer, 100, seed=0)[0].flatten().tolist()) == {1, 2, 3}
+
+
+# -------------------------------------------------------------------------------------------------- captured updates
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, without a GPU: the operations of one call, done again on the same tensors."""
+
+    def __init__(self, function, generators):
+        super().__init__()
+        self.function, self.calls, self.operations = function, 0, []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        detached = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}, result))
+        if operation.namespace != "profiler":  # the optimisers' marks
+            self.operations.append((operation, *detached))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, result in self.operations:
+            assert operation is not torch.ops.aten._local_scalar_dense.default  # a number read back would be frozen
+            again = tree_leaves(operation(*args, **kwargs))
+            for old, new in zip(tree_leaves(result), again, strict=True):
+                if not operation._schema.is_mutable and old.data_ptr() != new.data_ptr():  # neither in place nor a view
+                    old.copy_(new)
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 3:
+            return self.function()
+        if not self.operations:
+            with self:
+                self.result = self.function()
+        else:
+            self.replay()
+        return self.result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lr_schedule": "linear", "num_actor_samples": 2},
+        {"critic_backup": "redq", "num_critics": 4, "num_critic_updates": 3, "target_update_period": 4},
+        {"critic_backup": "value", "temperature": 0.2, "target_update_period": 5, "tau": 1.0},
+        {"actor_gradient": "reinforce", "critic_backup": "double-q", "actor_std": "shared"},
+    ],
+)
+def test_an_update_done_again_on_the_same_tensors_is_the_next_update(settings, monkeypatch):
+    """Nothing that changes from update to update is a Python number that a capture would freeze."""
+    monkeypatch.setattr(sac, "CudaGraph", Tape)
+    plain, captured = make_agent(**settings), make_agent(**settings)
+    captured.graphs = {}
+    buffer = filled_buffer()
+    for i in range(20):
+        buffer.add([i, 1, 2], [0.5, -0.5], 1.0, [i, 2, 1], False)
+        metrics = plain.update(buffer, i / 20), captured.update(buffer, i / 20)
+        for name, value in metrics[0].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(metrics[1][name])), name
+        norms = plain.gradient_norms(), captured.gradient_norms()
+        assert norms[0] == norms[1]
+    assert any(graph.operations for graph in captured.graphs.values())
+    assert equal(captured, copies(plain))
+    assert captured.num_critic_updates == plain.num_critic_updates
 
 
 def test_default_matrix_products_are_float32():

@@ -242,6 +242,7 @@ BAD_INPUT = [
     ("--video-episodes 3", "--video-episodes 3 and --capture-video False"),
     ("--render", "--render True and --evaluate None"),
     ("--matmul-precision tf32 --device cpu", "--matmul-precision tf32"),
+    ("--no-cuda-graph --device cpu", "--no-cuda-graph --device cpu"),
     ("--resume nosuchfolder", "nosuchfolder"),
     ("--evaluate nosuchfile", "nosuchfile"),
     ("--evaluate nosuchfile --resume nosuchfolder", "--resume and --evaluate"),
