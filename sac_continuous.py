@@ -211,7 +211,7 @@ def check_args(args: Args) -> None:
     fixed = args.temperature != "auto"
     constant_entropy = not args.squash and isinstance(args.actor_std, float)
     silent = not args.capture_video
-    double_q, redq = args.critic_backup == "double-q", args.critic_backup == "redq"
+    wrong_number = {"double-q": args.num_critics != 2, "redq": args.num_critics < 2}.get(args.critic_backup, False)
     contradictions = [
         ("learning_starts total_steps", args.learning_starts >= args.total_steps, "nothing would be learned"),
         ("batch_size buffer_size", args.batch_size > args.buffer_size, "the buffer must hold a batch"),
@@ -227,12 +227,11 @@ def check_args(args: Args) -> None:
             "0 has no bonus to leave out",
         ),
         ("actor_std temperature", constant_entropy and not fixed, "without --squash the entropy is then constant"),
-        ("critic_backup num_critics", double_q and args.num_critics != 2, "double-q takes exactly 2"),
+        ("critic_backup num_critics", wrong_number, "double-q takes exactly 2, redq at least 2"),
         ("video_every capture_video", silent and args.video_every != Args.video_every, "nothing is recorded"),
         ("video_episodes capture_video", silent and args.video_episodes != Args.video_episodes, "nothing is recorded"),
         ("render evaluate", args.render and not args.evaluate, "a window shows evaluations of --evaluate"),
         ("render capture_video", args.render and args.capture_video, "show or record"),
-        ("critic_backup num_critics", redq and args.num_critics < 2, "redq takes at least 2"),
     ]
     for names, wrong, why in contradictions:
         if wrong:
@@ -655,20 +654,18 @@ class Agent(nn.Module):
 
         self.graphs = {} if args.cuda_graph and device.type == "cuda" else None
 
-        def adam(**trained: tuple[Iterable[nn.Parameter], float]) -> torch.optim.Adam:
-            groups = [
-                {"name": name, "params": list(parameters), "lr": torch.tensor(lr, device=device), "initial_lr": lr}
-                for name, (parameters, lr) in trained.items()
-            ]
-            return torch.optim.Adam(groups, fused=True, capturable=self.graphs is not None)
+        def group(name: str, parameters: Iterable[nn.Parameter], lr: float) -> dict:
+            rate = torch.tensor(lr, device=device)  # a tensor: a captured update sees it change
+            return {"name": name, "params": list(parameters), "lr": rate, "initial_lr": lr}
 
-        temperature = {"temperature": ([self.log_temperature], args.temperature_lr)} if self.learned_temperature else {}
-        self.optimizers = {
-            "critic": adam(critic=(self.critic.parameters(), args.critic_lr)),
-            "actor": adam(actor=(self.actor.parameters(), args.actor_lr), **temperature),
-        }
+        groups = {"critic": [group("critic", self.critic.parameters(), args.critic_lr)]}
+        groups["actor"] = [group("actor", self.actor.parameters(), args.actor_lr)]
+        if self.learned_temperature:
+            groups["actor"].append(group("temperature", [self.log_temperature], args.temperature_lr))
         if self.value:
-            self.optimizers["value"] = adam(value=(self.value.parameters(), args.critic_lr))
+            groups["value"] = [group("value", self.value.parameters(), args.critic_lr)]
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=self.graphs is not None)
+        self.optimizers = {name: adam(group) for name, group in groups.items()}
         self.num_critic_updates = 0
         self.gradients = {}
         self.index = torch.empty(args.num_critic_updates, args.batch_size, dtype=torch.int64, device=device)
