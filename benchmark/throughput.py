@@ -3,24 +3,31 @@
 Example:
     python benchmark/throughput.py --threads 1 2 --out throughput.json
     python benchmark/throughput.py --sb3-python ~/sb3/bin/python --sbx-python ~/sbx/bin/python --out throughput.json
-    python benchmark/throughput.py --scaling --threads 1 --out scaling.json
+    python benchmark/throughput.py --scaling batch-size=64,256 num-critics --threads 1 --out scaling.json
 
 All programs take turns, so that a machine whose speed drifts is as fast for each; medians and ratios count. Each
 process may run on as many cores as it has threads and no more. Every program trains on the same environment with
-batches of 256, two hidden layers of 256, two critics and one update a step. The floor is the time of the matrix
-products that such an update consists of, alone. --scaling measures this project's speed and peak memory instead, one
-setting varied at a time; the replay buffer is full when it is measured.
+batches of 256, two hidden layers of 256, two critics and one update a step. Where there is more than one thread, this
+project is measured once more as a sweep runs it: one process of one thread on each core, their speeds added up. The
+floor is the time of the matrix products that such an update consists of, alone. --scaling measures this project's speed
+and peak memory instead, one setting varied at a time; the replay buffer is full when it is measured.
+
+The JSON file is written after every measurement.
 """
 
+import contextlib
 import csv
 import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import training_process
@@ -29,9 +36,10 @@ from grid import ROOT, to_arguments
 
 SCRIPT = ROOT / "sac_continuous.py"
 MEASURE = Path(__file__).with_name("measure.py")
-OURS, FLOOR = "this project", "matrix products alone"
+OURS, SWEEP, FLOOR = "this project", "this project, a process a core", "matrix products alone"
 PEERS = {"Stable-Baselines3": "stable_baselines3", "SBX": "sbx"}
 WARM_UP = 500  # updates before the clock starts: compilers and caches
+POLL_S = 0.1
 SCALING = {
     "buffer-size": (10_000, 100_000, 1_000_000),
     "batch-size": (64, 256, 1024),
@@ -44,57 +52,156 @@ class Missing(Exception):
     """A package that is not installed."""
 
 
-def run(command: list[str], log: Path, threads: int, device: str) -> int:
-    """Runs a process to its end on `threads` cores. Returns its peak memory in bytes. Raises UserError if it fails."""
-    cpus = set(sorted(os.sched_getaffinity(0))[:threads])
+class Record:
+    """What has been measured: on stderr, and in the JSON file as soon as it is known."""
+
+    def __init__(self, path: Path, content: dict):
+        """content: what the file holds besides the results. Raises UserError if the file could not be written."""
+        self.path, self.content, self.results = path, content, []
+        if path.exists() and not path.is_file():
+            raise UserError(f"--out {path}: is no file")
+        self.write_beside("").unlink()  # hours of measuring are not lost to a wrong path
+
+    def write_beside(self, text: str) -> Path:
+        """Returns the file that is to replace the one of the results: a whole one stands there at any time."""
+        path = self.path.with_name(f"{self.path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+        return path
+
+    def add(self, result: dict) -> None:
+        print(", ".join(f"{name} {value}" for name, value in result.items()), file=sys.stderr)
+        self.results.append(result)
+        os.replace(self.write_beside(json.dumps(self.content | {"results": self.results}, indent=1)), self.path)
+
+
+def start(command: list[str], log: Path, cpus: set[int], device: str) -> subprocess.Popen:
+    """Starts a process with a thread for each of its cores. Raises UserError if it can't."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    env = dict.fromkeys(names, str(threads)) | {"JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda"}
+    env = dict.fromkeys(names, str(len(cpus))) | {"JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda"}
     try:
-        process = training_process.start(command, log, signal.SIGKILL, env, cpus=cpus)
+        return training_process.start(command, log, signal.SIGKILL, env, cpus=cpus)
     except OSError as error:
         raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from None
+
+
+def peak_memory(process: subprocess.Popen, options: int = 0) -> int | None:
+    """In bytes, of a process that has ended. options: those of wait4; with os.WNOHANG, None while it is running."""
+    pid, status, usage = os.wait4(process.pid, options)
+    if not pid:
+        return None
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def failure(process: subprocess.Popen, log: Path) -> UserError:
+    reason = " / ".join(training_process.last_lines(log)[-2:])
+    return UserError(f"{' '.join(process.args[:3])}: ended with {process.returncode}: {reason}")
+
+
+def run(command: list[str], log: Path, threads: int, device: str) -> int:
+    """Runs a process to its end on `threads` cores. Returns its peak memory in bytes. Raises UserError if it fails."""
+    process = start(command, log, cores(threads), device)
     try:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        memory = peak_memory(process)
     finally:
         if process.returncode is None:
             training_process.kill(process)
     if process.returncode:
-        reason = " / ".join(training_process.last_lines(log)[-2:])
-        raise UserError(f"{' '.join(command[:3])}: ended with {process.returncode}: {reason}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        raise failure(process, log)
+    return memory
 
 
-def measure_ours(args, threads: int, folder: Path, settings: dict, learning_starts: int) -> dict:
+def cores(count: int) -> set[int]:
+    return set(sorted(os.sched_getaffinity(0))[:count])
+
+
+def our_command(args, threads: int, run_dir: Path, settings: dict, windows: int = 1) -> tuple[list[str], int]:
+    """Trains for the warm-up and then `windows` times `--steps`. Returns it and the step at which the first begins."""
+    learning_starts = settings.get("learning-starts", args.steps - WARM_UP)
     first = args.steps * math.ceil((learning_starts + WARM_UP) / args.steps)
+    total = first + windows * args.steps
     settings = {
         "env-id": args.env_id,
-        "total-steps": first + args.steps,
+        "total-steps": total,
         "learning-starts": learning_starts,
         "random-steps": learning_starts,
         "eval-every": args.steps,  # each row of progress.csv has the speed since the one before
         "eval-episodes": 1,
-        "checkpoint-every": first + args.steps,
+        "checkpoint-every": total,
         "torch-threads": threads,
         "device": args.device,
-        "run-dir": folder / "run",
+        "run-dir": run_dir,
     } | settings
-    memory = run([sys.executable, str(SCRIPT), *to_arguments(settings)], folder / "log", threads, args.device)
-    with open(folder / "run" / "progress.csv", newline="") as file:
-        return {"steps_per_s": float(list(csv.DictReader(file))[-1]["steps_per_s"]), "peak_memory_bytes": memory}
+    return [sys.executable, str(SCRIPT), *to_arguments(settings)], first
+
+
+def speeds(run_dir: Path, first: int) -> list[float]:
+    """Steps a second of the rows that a run has written from step `first` on, each since the row before."""
+    path = run_dir / "progress.csv"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # not one that is being written
+    return [float(row["steps_per_s"]) for row in rows if int(row["step"]) >= first]
+
+
+def measure_ours(args, threads: int, folder: Path, settings: dict) -> dict:
+    command, first = our_command(args, threads, folder / "run", settings)
+    memory = run(command, folder / "log", threads, args.device)
+    return {"steps_per_s": speeds(folder / "run", first)[-1], "peak_memory_bytes": memory}
+
+
+def measure_sweep(args, count: int, folder: Path) -> dict:
+    """`count` processes at once, each with one thread on a core of its own: their speeds and peak memories, summed.
+
+    None ends before all are measured, and of each counts the first window that begins after the last of them has
+    passed its warm-up: whoever is measured, all the others are training, however much their speeds differ. (What they
+    do between two windows, an episode's evaluation, keeps their cores busy too.)
+    """
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for core in sorted(cores(count)):
+            run_dir, log = folder / f"run{core}", folder / f"log{core}"
+            # Far more windows than it takes: how many depends on the slowest of them.
+            command, first = our_command(args, 1, run_dir, {}, windows=1000)
+            process = start(command, log, {core}, args.device)
+            stack.callback(training_process.kill, process)
+            processes[process] = run_dir, log
+
+        def measured() -> list[list[float]]:
+            for process, (_, log) in processes.items():
+                if peak_memory(process, os.WNOHANG) is not None:
+                    raise failure(process, log)
+            time.sleep(POLL_S)
+            return [speeds(run_dir, first) for run_dir, _ in processes.values()]
+
+        while not all(measured()):  # the row at step `first` is the warm-up's
+            pass
+        begun = [len(one) for one in measured()]  # windows; the next one of each is under way
+        rates = measured()
+        while not all(len(one) > n + 1 for one, n in zip(rates, begun, strict=True)):
+            rates = measured()
+        for process in processes:
+            training_process.send_signal(process, signal.SIGKILL)
+        memory = sum(peak_memory(process) for process in processes)
+    total = sum(one[n + 1] for one, n in zip(rates, begun, strict=True))
+    return {"processes": count, "steps_per_s": total, "peak_memory_bytes": memory}
 
 
 def measure(args, program: str, threads: int, folder: Path) -> dict:
     """One measurement. Raises Missing if its package is not there."""
-    learning_starts = args.steps - WARM_UP
     if program == OURS:
-        return measure_ours(args, threads, folder, {}, learning_starts)
+        return measure_ours(args, threads, folder, {})
+    if program == SWEEP:
+        return measure_sweep(args, threads, folder)
     python = {"Stable-Baselines3": args.sb3_python, "SBX": args.sbx_python}.get(program, sys.executable)
     settings = {
         "env-id": args.env_id,
         "threads": threads,
         "device": args.device,
-        "steps": [learning_starts, args.steps, 2 * args.steps],
+        "steps": [args.steps - WARM_UP, args.steps, 2 * args.steps],
     }
     command = [python, str(MEASURE), PEERS.get(program, "floor"), *to_arguments(settings)]
     memory = run(command, folder / "log", threads, args.device)
@@ -104,12 +211,11 @@ def measure(args, program: str, threads: int, folder: Path) -> dict:
     return result | {"peak_memory_bytes": memory}
 
 
-def compare(args) -> list[dict]:
-    programs = [OURS, *PEERS, FLOOR]
-    results = []
+def compare(args, record: Record) -> None:
+    programs = [OURS, SWEEP, *PEERS, FLOOR]
     for repeat in range(args.repeats):
         for threads in args.threads:
-            for program in list(programs):
+            for program in [name for name in programs if threads > 1 or name != SWEEP]:
                 try:
                     with tempfile.TemporaryDirectory() as folder:
                         result = measure(args, program, threads, Path(folder))
@@ -117,28 +223,35 @@ def compare(args) -> list[dict]:
                     print(f"{program}: {missing}; the others are measured without it", file=sys.stderr)
                     programs.remove(program)
                     continue
-                results.append({"program": program, "threads": threads, "repeat": repeat, **result})
-                report(results[-1])
-    return results
+                record.add({"program": program, "threads": threads, "repeat": repeat, **result})
 
 
-def scale(args) -> list[dict]:
-    results = []
+def scale(args, record: Record) -> None:
     for repeat in range(args.repeats):
         for threads in args.threads:
-            for name, values in SCALING.items():
+            for name, values in args.scaling.items():
                 for value in values:
                     settings = {name: value} | ({"critic-backup": "mean"} if name == "num-critics" else {})
-                    learning_starts = value if name == "buffer-size" else args.steps - WARM_UP
+                    if name == "buffer-size":
+                        settings |= {"learning-starts": value, "random-steps": value}  # it is full from then on
                     with tempfile.TemporaryDirectory() as folder:
-                        result = measure_ours(args, threads, Path(folder), settings, learning_starts)
-                    results.append({"setting": name, "value": value, "threads": threads, "repeat": repeat, **result})
-                    report(results[-1])
-    return results
+                        result = measure_ours(args, threads, Path(folder), settings)
+                    record.add({"setting": name, "value": value, "threads": threads, "repeat": repeat, **result})
 
 
-def report(result: dict) -> None:
-    print(", ".join(f"{name} {value}" for name, value in result.items()), file=sys.stderr)
+def parse_scaling(arguments: list[str]) -> dict[str, tuple[int, ...]]:
+    """["batch-size=64,256"] -> {"batch-size": (64, 256)}. A name alone has the values of SCALING, no name is all."""
+    chosen = {}
+    for argument in arguments:
+        name, equals, values = argument.partition("=")
+        if name not in SCALING:
+            raise UserError(f"--scaling {argument}: no setting {name!r}; there are {', '.join(SCALING)}")
+        if name in chosen:
+            raise UserError(f"--scaling {argument}: {name} is given twice")
+        if equals and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", values):
+            raise UserError(f"--scaling {argument}: must be whole numbers above 0, as {name}=64,256")
+        chosen[name] = tuple(dict.fromkeys(map(int, values.split(",")))) if equals else SCALING[name]
+    return chosen or SCALING
 
 
 def median_of(results: list[dict], quantity: str, **where) -> float | None:
@@ -151,12 +264,21 @@ def print_comparison(results: list[dict], threads: list[int]) -> None:
     """A Markdown table; the ratio is this project's speed over the program's."""
     print("| Program |", " | ".join(f"{n} thread{'s' * (n > 1)}, steps/s | ratio" for n in threads), "|")
     print("| --- |", " | ".join("---: | ---:" for _ in threads), "|")
-    for program in (OURS, *PEERS):
+    for program in (OURS, SWEEP, *PEERS):
         cells = []
         for n in threads:
             ours, value = (median_of(results, "steps_per_s", program=name, threads=n) for name in (OURS, program))
-            cells.append(f"{value:.0f} | {ours / value:.2f}" if value else "not measured | ")
+            absent = " | " if program == SWEEP else "not measured | "  # with one core it is the row above
+            cells.append(f"{value:.0f} | {ours / value:.2f}" if value else absent)
         print(f"| {program} |", " | ".join(cells), "|")
+    for n in [n for n in threads if n > 1]:
+        sweep = median_of(results, "steps_per_s", program=SWEEP, threads=n)
+        others = {name: median_of(results, "steps_per_s", program=name, threads=n) for name in (OURS, *PEERS)}
+        ratios = [f"{sweep / speed:.2f} times {name}" for name, speed in others.items() if speed]
+        print(
+            f"\nA sweep on {n} cores, {n} processes of one thread: {sweep:.0f} steps/s in all. Of one process of {n}"
+            f" threads that is {', '.join(ratios)}."
+        )
     for n in threads:
         all_ms, hidden_ms = (median_of(results, q, program=FLOOR, threads=n) for q in ("all_ms", "products_ms"))
         count = median_of(results, "products", program=FLOOR, threads=n)
@@ -166,9 +288,9 @@ def print_comparison(results: list[dict], threads: list[int]) -> None:
         )
 
 
-def print_scaling(results: list[dict], threads: list[int]) -> None:
+def print_scaling(results: list[dict], threads: list[int], scaling: dict[str, tuple[int, ...]]) -> None:
     print("| Setting | Threads | steps/s | Peak memory, MB |\n| --- | ---: | ---: | ---: |")
-    for name, values in SCALING.items():
+    for name, values in scaling.items():
         for value in values:
             for n in threads:
                 where = {"setting": name, "value": value, "threads": n}
@@ -194,26 +316,41 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sb3-python", default=sys.executable, help="interpreter that has Stable-Baselines3")
     parser.add_argument("--sbx-python", default=sys.executable, help="interpreter that has SBX")
-    parser.add_argument("--scaling", action="store_true", help="vary this project's settings instead")
+    parser.add_argument(
+        "--scaling",
+        nargs="*",
+        metavar="NAME[=VALUE,...]",
+        help=f"vary this project's settings instead, all of {', '.join(SCALING)} or those named",
+    )
     args = parser.parse_args()
+    args.scaling = None if args.scaling is None else parse_scaling(args.scaling)
     if args.steps <= WARM_UP:
         raise UserError(f"--steps {args.steps}: must be above {WARM_UP}, the steps before the clock starts")
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1")
-    cores = len(os.sched_getaffinity(0))
+    available = len(os.sched_getaffinity(0))
     for threads in args.threads:
-        if not 1 <= threads <= cores:
-            raise UserError(f"--threads {threads}: must be between 1 and {cores}, the cores of this machine")
-    machine = {"cpu": cpu_model(), "cores": cores, "python": platform.python_version(), "system": platform.platform()}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        if not 1 <= threads <= available:
+            raise UserError(f"--threads {threads}: must be between 1 and {available}, the cores of this machine")
+    machine = {
+        "cpu": cpu_model(),
+        "cores": available,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    paths = ("out", "sb3_python", "sbx_python")  # mean nothing elsewhere; the peers' versions are in the results
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
+    record = Record(args.out, {"machine": machine, "settings": settings})
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w") as file:  # opened first: hours of measuring are not lost to a wrong path
-            results = scale(args) if args.scaling else compare(args)
-            json.dump({"machine": machine, "settings": settings, "results": results}, file, indent=1)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-    (print_scaling if args.scaling else print_comparison)(results, args.threads)
+        (compare if args.scaling is None else scale)(args, record)
+    except (UserError, KeyboardInterrupt):
+        if record.results:
+            print(f"what was measured until then is in {args.out}", file=sys.stderr)
+        raise
+    if args.scaling is None:
+        print_comparison(record.results, args.threads)
+    else:
+        print_scaling(record.results, args.threads, args.scaling)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # ruff: noqa: E402 - benchmark/ must be on the path before its modules are imported
 """Sweeps on one machine, experiment files, curves and tables. What learns here is a stand-in that takes no time."""
 
+import argparse
 import contextlib
 import csv
 import json
@@ -23,12 +24,14 @@ for package in ("yaml", "rich", "scipy", "matplotlib"):
 import curves
 import grid
 import plot
+import throughput
 import training_process
 import transfer
 from errors import UserError
 
 import sac_continuous
 
+CORES = len(os.sched_getaffinity(0))
 # The command line, the files, the exit codes and the bar of a training script, without learning.
 STAND_IN = """\
 import argparse, json, os, pathlib, signal, sys, time
@@ -72,6 +75,26 @@ while state["step"] < args.total_steps:
         save()
         sys.exit(128 + stop[0])
 (folder / "policy.pt").write_text(str(state["value"]))
+"""
+
+
+# The rows and the pace of a training process: ten times as slow, and slow to begin, on one of its cores.
+UNEQUAL = """\
+import os, pathlib, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(flags["--run-dir"])
+folder.mkdir()
+core, = os.sched_getaffinity(0)
+slow = core == int(os.environ["SLOW_CORE"])
+time.sleep(0.8 * slow)
+steps = int(flags["--eval-every"])
+for row in range(int(flags["--total-steps"]) // steps):
+    time.sleep(0.5 if slow else 0.05)
+    with open(folder / "progress.csv", "a") as file:
+        file.write("" if row else "step,steps_per_s\\n")
+        file.write(f"{steps * (row + 1)},{row * (1000 if slow else 1)}\\n")
+    with open(folder / "times", "a") as file:
+        file.write(f"{time.time()}\\n")
 """
 
 
@@ -478,6 +501,11 @@ def test_scores_are_zero_for_random_and_one_for_the_published(tmp_path):
         ("throughput", ["--out", "x", "--threads", "999"], "--threads 999"),
         ("throughput", ["--out", "x", "--steps", "10"], "--steps 10"),
         ("throughput", ["--out", "x", "--steps", "501", "--env-id", "None-v0"], "None-v0"),
+        ("throughput", ["--out", "."], "is no file"),
+        ("throughput", ["--out", "x", "--scaling", "gamma=1"], "no setting 'gamma'"),
+        ("throughput", ["--out", "x", "--scaling", "batch-size=64,many"], "whole numbers above 0"),
+        ("throughput", ["--out", "x", "--scaling", "batch-size=0"], "whole numbers above 0"),
+        ("throughput", ["--out", "x", "--scaling", "batch-size=64", "batch-size=32"], "given twice"),
     ],
 )
 def test_bad_input_to_the_others(results, tmp_path, monkeypatch, program, arguments, complaint):
@@ -502,13 +530,121 @@ def test_throughput_measures_what_is_there(tmp_path):
     without = tmp_path / "python"  # an interpreter that has neither package, and no other either
     without.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     without.chmod(0o755)
-    pythons = ["--sb3-python", without, "--sbx-python", without]
+    threads = min(2, CORES)
     result = run(
-        "throughput", "--out", tmp_path / "a.json", "--env-id", "Pendulum-v1", "--steps", 600, "--repeats", 1, *pythons
+        *("throughput", "--out", tmp_path / "a.json", "--env-id", "Pendulum-v1", "--steps", 600, "--repeats", 1),
+        *("--threads", threads, "--sb3-python", without, "--sbx-python", without),
     )
     assert "Stable-Baselines3: " in result.stderr and "is not installed" in result.stderr
     assert "| SBX | not measured" in result.stdout and "at most" in result.stdout
-    measured = json.loads((tmp_path / "a.json").read_text())["results"]
-    assert [one["program"] for one in measured] == ["this project", "matrix products alone"]
-    assert 10 < measured[0]["steps_per_s"] < 5000 and measured[0]["peak_memory_bytes"] > 5e7
-    assert 0.05 < measured[1]["products_ms"] < measured[1]["all_ms"] * 1.5
+    text = (tmp_path / "a.json").read_text()
+    assert str(tmp_path) not in text and sys.executable not in text
+    ours, *sweep, floor = json.loads(text)["results"]
+    assert (ours["program"], floor["program"]) == ("this project", "matrix products alone")
+    assert 10 < ours["steps_per_s"] < 5000 and ours["peak_memory_bytes"] > 5e7
+    assert 0.05 < floor["products_ms"] < floor["all_ms"] * 1.5
+    assert [one["program"] for one in sweep] == ["this project, a process a core"] * (threads > 1)
+    for one in sweep:
+        assert one["processes"] == 2 and one["peak_memory_bytes"] > 1.5 * ours["peak_memory_bytes"]
+        assert f"| this project, a process a core | {one['steps_per_s']:.0f} | " in result.stdout
+        assert f"{one['steps_per_s'] / ours['steps_per_s']:.2f} times this project." in result.stdout
+
+
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+def test_a_process_a_core_is_measured_while_the_others_train(tmp_path, monkeypatch):
+    script = tmp_path / "stand_in.py"
+    script.write_text(UNEQUAL)
+    monkeypatch.setattr(throughput, "SCRIPT", script)
+    first, second = sorted(throughput.cores(2))
+    monkeypatch.setenv("SLOW_CORE", str(second))
+    args = argparse.Namespace(env_id="A-v0", steps=600, device="cpu")
+    result = throughput.measure_sweep(args, 2, tmp_path)
+
+    def ends(core: int) -> list[float]:
+        """Of each row's window; the next one begins there."""
+        return [float(line) for line in (tmp_path / f"run{core}/times").read_text().split()]
+
+    of_fast, of_slow = ends(first), ends(second)
+    slow, fast = divmod(int(result["steps_per_s"]), 1000)  # a row's steps_per_s is its number, on the slow core x 1000
+    assert of_fast[fast - 1] >= of_slow[0], "measured before the other had passed its warm-up"
+    assert of_fast[-1] > of_slow[slow] - 0.3, "ended before the other was measured"
+    assert slow >= 1 and fast > 10
+    time.sleep(0.3)
+    assert (ends(first), ends(second)) == (of_fast, of_slow), "left running"
+
+
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+def test_a_process_that_fails_beside_others_ends_them(tmp_path, monkeypatch):
+    script = tmp_path / "stand_in.py"
+    script.write_text(
+        UNEQUAL.replace("time.sleep(0.8 * slow)", "slow and (time.sleep(0.8), sys.exit('the dog ate my gradients'))")
+    )
+    monkeypatch.setattr(throughput, "SCRIPT", script)
+    first, second = sorted(throughput.cores(2))
+    monkeypatch.setenv("SLOW_CORE", str(second))
+    with pytest.raises(UserError, match="ended with 1: the dog ate my gradients"):
+        throughput.measure_sweep(argparse.Namespace(env_id="A-v0", steps=600, device="cpu"), 2, tmp_path)
+    rows = (tmp_path / f"run{first}/progress.csv").read_text()
+    time.sleep(0.3)
+    assert (tmp_path / f"run{first}/progress.csv").read_text() == rows, "left running"
+
+
+def test_scaling_varies_what_is_asked_for_with_a_full_buffer(tmp_path):
+    arguments = ["--env-id", "Pendulum-v1", "--steps", 600, "--repeats", 1]
+    result = run("throughput", "--out", tmp_path / "a.json", *arguments, "--scaling", "buffer-size=300,2000")
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["settings"]["scaling"] == {"buffer-size": [300, 2000]}
+    measured = [(one["setting"], one["value"], one["threads"], one["repeat"]) for one in content["results"]]
+    assert measured == [("buffer-size", 300, 1, 0), ("buffer-size", 2000, 1, 0)]
+    rows = result.stdout.splitlines()[2:]
+    assert len(rows) == 2
+    for one, row in zip(content["results"], rows, strict=True):
+        assert 10 < one["steps_per_s"] < 5000 and one["peak_memory_bytes"] > 5e7
+        cells = f"{one['value']:,} | 1 | {one['steps_per_s']:.0f} | {one['peak_memory_bytes'] / 1e6:.0f}"
+        assert row == f"| buffer-size {cells} |"
+
+
+def test_the_buffer_is_full_before_the_clock_starts(tmp_path, monkeypatch):
+    args = argparse.Namespace(env_id="A-v0", steps=600, device="cpu", repeats=1, threads=[1])
+    args.scaling = {"buffer-size": (64, 2000)}
+    seen = []
+
+    def run(command, log, threads, device):
+        flags = dict(zip(command[2::2], command[3::2], strict=True))
+        seen.append({name: int(flags[f"--{name}"]) for name in ("buffer-size", "learning-starts", "total-steps")})
+        Path(flags["--run-dir"]).mkdir()
+        last = f"{flags['--total-steps']},7\n"
+        (Path(flags["--run-dir"]) / "progress.csv").write_text(f"step,steps_per_s\n600,1\n{last}")
+        return 1
+
+    monkeypatch.setattr(throughput, "run", run)
+    throughput.scale(args, throughput.Record(tmp_path / "a.json", {}))
+    assert [one["buffer-size"] for one in seen] == [one["learning-starts"] for one in seen] == [64, 2000]
+    assert [one["total-steps"] for one in seen] == [1200, 3600]  # the last 600 are timed, at least 500 updates in
+    assert [one["steps_per_s"] for one in json.loads((tmp_path / "a.json").read_text())["results"]] == [7, 7]
+
+
+@pytest.mark.parametrize("error", [UserError("the third failed"), KeyboardInterrupt()])
+@pytest.mark.parametrize("arguments", [[], ["--scaling", "num-critics"]])
+def test_what_was_measured_outlives_what_fails(tmp_path, monkeypatch, capsys, arguments, error):
+    results = iter([{"steps_per_s": 1.0}, {"steps_per_s": 2.0}])
+
+    def measure(*args):
+        result = next(results, None)
+        if result is None:
+            raise error
+        return result
+
+    for name in ("measure", "measure_ours"):
+        monkeypatch.setattr(throughput, name, measure)
+    out = tmp_path / "a.json"
+    out.write_text("an earlier one")
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--out", str(out), *arguments])
+    with pytest.raises(type(error)):
+        throughput.main()
+    assert [one["steps_per_s"] for one in json.loads(out.read_text())["results"]] == [1, 2]
+    assert f"what was measured until then is in {out}" in capsys.readouterr().err
+    with pytest.raises(type(error)):
+        throughput.main()
+    assert len(json.loads(out.read_text())["results"]) == 2, "lost for nothing"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
