@@ -7,6 +7,7 @@ Prints, for each number of runs: the time of the sweep, the processor time and t
 process, and the time that the same command takes again when everything is finished.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,15 +29,18 @@ SAMPLE_S = 0.05
 
 
 def watch(command: list[str]) -> tuple[float, float, float]:
-    """Runs it. Returns seconds, its own processor seconds (its children's apart) and its peak memory in MB."""
+    """Runs it. Returns seconds, its own processor seconds (its children's apart) and its peak memory in MB.
+
+    Not by getrusage, whose peak is that of the largest child there has been.
+    """
     started, processor_s, memory_mb = time.perf_counter(), 0.0, 0.0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         status = Path(f"/proc/{process.pid}/status").read_text()
         if "VmHWM" in status:  # it has no memory any more in the moment before it is gone
-            processor_s = (int(fields[11]) + int(fields[12])) / 100
-            memory_mb = int(status.partition("VmHWM:")[2].split()[0]) / 1000
+            processor_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            memory_mb = int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
         time.sleep(SAMPLE_S)
     if process.returncode:
         raise UserError(f"{' '.join(command)}: ended with {process.returncode}")

@@ -22,6 +22,7 @@ for package in ("yaml", "rich", "scipy", "matplotlib"):
     pytest.importorskip(package, reason="pip install -r benchmark/requirements.txt")
 
 import curves
+import driver_cost
 import grid
 import plot
 import throughput
@@ -648,3 +649,12 @@ def test_what_was_measured_outlives_what_fails(tmp_path, monkeypatch, capsys, ar
         throughput.main()
     assert len(json.loads(out.read_text())["results"]) == 2, "lost for nothing"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_drivers_memory_is_its_own_and_not_that_of_a_row_before():
+    allocate = "x = bytearray(100_000_000); import time; time.sleep(0.5)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {allocate!r}])"
+    large, small, parent = (
+        driver_cost.watch([sys.executable, "-c", code])[2] for code in (allocate, "import time; time.sleep(0.3)", child)
+    )
+    assert 100 < large - small < 105 and parent < small + 20
