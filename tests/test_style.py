@@ -1,4 +1,4 @@
-"""The repository's own ruff settings hold, and its pages link to what there is."""
+"""The repository's own ruff settings hold, its pages link to what there is, and its diffs apply."""
 
 import re
 import subprocess
@@ -22,3 +22,14 @@ def test_links_and_pictures_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert missing == []
+
+
+def test_the_modifications_in_the_readme_apply():
+    source = (ROOT / "sac_continuous.py").read_text()
+    blocks = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for lines in map(str.splitlines, blocks):
+        before, after = ("".join(line[1:] + "\n" for line in lines if line[0] in marks) for marks in (" -", " +"))
+        assert source.count(before) == 1, before
+        source = source.replace(before, after)
+    compile(source, "modified", "exec")
