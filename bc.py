@@ -3,8 +3,10 @@
 # dependencies = [
 #     "filelock==4.2.11",
 #     "gymnasium[mujoco]==1.4.0",
+#     "moviepy==2.2.1",
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
+#     "pillow==11.3.0",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
@@ -24,7 +26,8 @@ Example:
     python bc.py --env-id Ant-v4 --expert-data expert_data_Ant-v4.pkl --expert expert_policy_Ant-v4.pkl
 
 Writes a run folder, runs/ENV__EXP__SEED__TIME by default: args.json (settings), progress.csv (a row per evaluation),
-events.out.tfevents.* (TensorBoard), policy.pt (the policy alone) and checkpoint.pt (all that --resume needs).
+events.out.tfevents.* (TensorBoard), policy.pt (the policy alone), checkpoint.pt (all that --resume needs) and, with
+--capture-video, videos/*.mp4.
 """
 
 import contextlib
@@ -32,6 +35,7 @@ import csv
 import dataclasses
 import difflib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -51,10 +55,13 @@ from typing import ClassVar, Literal
 
 import filelock
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image, ImageDraw, ImageFont
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -116,11 +123,21 @@ class Args:
     """episodes of an evaluation, for the mean action and for sampled actions each"""
     log_every: int = 100
     """gradient steps between TensorBoard points"""
+    capture_video: bool = False
+    """record evaluation episodes as mp4"""
+    video_every: int = 10
+    """evaluations between recordings; the last one is always recorded"""
+    video_episodes: int = 1
+    """episodes of a recording"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
 
 
 # What --resume may change, and what --evaluate listens to.
 RESUME_MAY_CHANGE = {"resume", "eval_every", "eval_episodes", "train_steps", "device", "torch_threads"}
+RESUME_MAY_CHANGE |= {"capture_video", "video_every", "video_episodes"}
 EVALUATE_USES = {"evaluate", "env_id", "env_kwargs", "max_episode_steps", "eval_episodes", "device", "torch_threads"}
+EVALUATE_USES |= {"capture_video", "video_episodes", "render"}
 
 
 class UserError(Exception):
@@ -138,7 +155,7 @@ def flag(name: str) -> str:
 def check_args(args: Args) -> None:
     """Raises UserError for numbers out of range and for settings that contradict each other."""
     counts = "train_steps batch_size num_trajectories hidden_size num_layers eval_every eval_episodes log_every"
-    counts += " max_episode_steps"
+    counts += " max_episode_steps video_every video_episodes"
     ranges = [
         ("at least 1, at most 2^31", lambda x: 1 <= x <= 2**31, counts),
         ("0 or more", lambda x: 0 <= x < 2**63, "seed"),
@@ -154,6 +171,18 @@ def check_args(args: Args) -> None:
             value = getattr(args, name)
             if isinstance(value, int | float) and not holds(value):
                 raise UserError(f"{flag(name)} {value}: must be {meaning}")
+
+    silent = not args.capture_video
+    contradictions = [
+        ("video_every capture_video", silent and args.video_every != Args.video_every, "nothing is recorded"),
+        ("video_episodes capture_video", silent and args.video_episodes != Args.video_episodes, "nothing is recorded"),
+        ("render evaluate", args.render and not args.evaluate, "a window shows evaluations of --evaluate"),
+        ("render capture_video", args.render and args.capture_video, "show or record"),
+    ]
+    for names, wrong, why in contradictions:
+        if wrong:
+            pair = " and ".join(f"{flag(name)} {getattr(args, name)}" for name in names.split())
+            raise UserError(f"{pair} contradict each other: {why}")
     if args.save_data and not args.save_data.endswith(".npz"):
         raise UserError(f"--save-data {args.save_data}: must end in .npz")
 
@@ -191,10 +220,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # ---------------------------------------------------------------------------------------------------- environment
 
 
-def make_env(args: Args) -> gym.Env:
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The environment with actions in [-1, 1]^action_dim, rescaled to its own bounds. Raises UserError."""
-    import mujoco
-
+    if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
+        if render_mode == "human":
+            raise UserError("--render: there is no display (DISPLAY is not set); record with --capture-video instead")
+        os.environ.setdefault("MUJOCO_GL", "egl")  # the way to draw without a display
     # A user can act on neither: MuJoCo's remarks on Gymnasium's model files (which it also writes to MUJOCO_LOG.TXT)
     # and Gymnasium's advice to take another version of the environment than the one asked for.
     mujoco.set_mju_user_warning(lambda message: None)
@@ -206,6 +237,8 @@ def make_env(args: Args) -> gym.Env:
             raise ValueError("not an object")
     except ValueError as error:
         raise UserError(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})") from None
+    if render_mode:
+        kwargs["render_mode"] = render_mode
     try:
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps, **kwargs)
     except gym.error.UnregisteredEnv:
@@ -222,6 +255,41 @@ def make_env(args: Args) -> gym.Env:
     if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
         raise UserError(f"--env-id {args.env_id}: actions are {action_space}; supported are flat bounded Box actions")
     return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+
+
+class FrameText(gym.Wrapper):
+    """Writes the step, its reward and the return so far on each frame."""
+
+    def reset(self, **kwargs):
+        self.steps, self.reward, self.episode_return = 0, 0.0, 0.0
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.steps, self.reward = self.steps + 1, float(result[1])
+        self.episode_return += self.reward
+        return result
+
+    def render(self) -> np.ndarray:
+        """The frame, (height, width, 3) bytes."""
+        image = Image.fromarray(self.env.render())
+        text = f"step {self.steps}   reward {self.reward:.2f}   return {self.episode_return:.1f}"
+        font = ImageFont.load_default(size=image.width / 24)
+        ImageDraw.Draw(image).text((10, 8), text, "white", font, stroke_width=2, stroke_fill="black")
+        return np.asarray(image)
+
+
+class RealSpeed(gym.Wrapper):
+    """Steps no faster than time passes in the simulation, for a window."""
+
+    def reset(self, **kwargs):
+        self.due = time.perf_counter()
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        self.due += 1 / self.metadata.get("render_fps", 30)
+        time.sleep(max(0, self.due - time.perf_counter()))
+        return self.env.step(action)
 
 
 def rollout(act: Callable, envs: list[gym.Env], seeds: list[int]) -> list[dict[str, np.ndarray]]:
@@ -670,7 +738,7 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 # ----------------------------------------------------------------------------------------------------- evaluation
 
-EVALUATION_SEED = 1_000  # episode i of every evaluation of every run starts from the seed EVALUATION_SEED + i
+EVALUATION_SEED = 1_000  # of the first episode of every evaluation of every run
 
 
 def policy_of(actor: nn.Module, noise: torch.Generator | None = None) -> Callable:
@@ -687,14 +755,49 @@ def policy_of(actor: nn.Module, noise: torch.Generator | None = None) -> Callabl
     return act
 
 
-def evaluate(actor: nn.Module, envs: list[gym.Env], noise: torch.Generator | None = None) -> dict[str, np.ndarray]:
+def evaluate(
+    actor: nn.Module, envs: list[gym.Env], noise: torch.Generator | None = None, first: int = 0
+) -> dict[str, np.ndarray]:
     """One episode in each environment of the mean action, or with noise of sampled ones.
 
-    Returns, per episode: returns and lengths.
+    Episode i starts from the seed EVALUATION_SEED + first + i. Returns, per episode: returns and lengths.
     """
-    episodes = rollout(policy_of(actor, noise), envs, [EVALUATION_SEED + i for i in range(len(envs))])
+    seeds = [EVALUATION_SEED + first + i for i in range(len(envs))]
+    episodes = rollout(policy_of(actor, noise), envs, seeds)
     returns = np.array([episode["rewards"].sum() for episode in episodes])
     return {"returns": returns, "lengths": np.array([len(episode["rewards"]) for episode in episodes])}
+
+
+def make_drawn_env(args: Args) -> gym.Env:
+    """An environment to record. Raises UserError if nothing can be drawn here."""
+    env = FrameText(make_env(args, render_mode="rgb_array"))
+    if hasattr(env.unwrapped, "mujoco_renderer"):  # whose own choice of camera stays behind; -1 is that one
+        camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        env.unwrapped.mujoco_renderer.camera_id = camera
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # every simulator has its own way to say that it cannot draw
+        opengl = "; MuJoCo needs OpenGL (Debian, Ubuntu: apt-get install libegl1 libgl1)"
+        needs = opengl if hasattr(env.unwrapped, "mujoco_renderer") else ""
+        reason = " ".join(str(error).split())
+        raise UserError(f"--capture-video: {args.env_id} cannot be drawn ({reason}){needs}") from None
+    return env
+
+
+def record_video(actor: Actor, args: Args, folder: Path, name: str) -> list[np.ndarray]:
+    """Plays the first evaluation episodes again, into folder/NAME-*.mp4. Returns the frames of the first.
+
+    Its environments are its own, so that recording changes nothing else.
+    """
+    frames = []
+    for i in range(args.video_episodes):
+        env = make_drawn_env(args)
+        env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda _: True, name_prefix=f"{name}-{i}")
+        evaluate(actor, [env], first=i)
+        frames = frames or list(env.recorded_frames)
+        env.close()
+    return frames
 
 
 # --------------------------------------------------------------------------------------------- saving and loading
@@ -945,6 +1048,16 @@ class RunLog:
         self.bar.set_postfix({"eval_return": f"{row['eval_return_mean']:.1f}"}, refresh=False)
         self.loss_sum, self.num_losses = 0.0, 0
 
+    def video(self, step: int, frames: list[np.ndarray]) -> None:
+        """Every fourth frame at half size as a GIF, which TensorBoard plays among its images."""
+        images = [Image.fromarray(frame).reduce(2) for frame in frames[::4]]
+        gif = io.BytesIO()
+        images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
+        width, height = images[0].size
+        image = Summary.Image(encoded_image_string=gif.getvalue(), height=height, width=width, colorspace=3)
+        summary = Summary(value=[Summary.Value(tag="evaluation/video", image=image)])
+        self.tensorboard.file_writer.add_summary(summary, step)
+
     def scalars(self, group: str, values: dict, step: int) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{group}/{name}", float(value), step)
@@ -965,6 +1078,8 @@ def train(args: Args) -> int:
     device = set_up_torch(args)
     eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
     env = make_env(args)
+    if args.capture_video:
+        make_drawn_env(args).close()
     expert = load_expert(args, env).to(device) if args.expert or not args.expert_data else None
     data = load_demonstrations(args, env) if args.expert_data else demonstrate(expert, env, args)
     obs, action = (torch.from_numpy(data[field]).to(device) for field in ("observations", "actions"))
@@ -1037,6 +1152,8 @@ def train(args: Args) -> int:
                 sampled = evaluate(actor, eval_envs, noise=stream(EVALUATION, args.seed))
                 log.evaluation(done, result, sampled, validation_loss)
                 save_policy(actor, args, env, run_dir / "policy.pt")
+                if args.capture_video and (done // args.eval_every % args.video_every == 0 or last):
+                    log.video(done, record_video(actor, args, run_dir / "videos", f"step{done}"))
             if done % args.eval_every == 0 or last or stop.number:
                 check_finite(step, loss=reported, **dict(actor.named_parameters()))
                 parts = {"actor": actor.state_dict(), "optimizer": optimizer.state_dict(), "log": log.checkpoint()}
@@ -1058,19 +1175,36 @@ def train(args: Args) -> int:
     for kind, returns in (("mean action", result["returns"]), ("sampled actions", sampled["returns"])):
         share = f", {returns.mean() / log.expert_return:.1%} of the expert's" if log.expert_return > 0 else ""
         print(f"evaluation return, {kind}: {returns.mean():.1f} +- {returns.std():.1f} after {done} steps{share}")
-    print(f"  run folder  {run_dir}")
-    print(f"  curves      tensorboard --logdir {shlex.quote(str(run_dir))}")
-    print(f"  policy      python {sys.argv[0]} --evaluate {shlex.quote(str(run_dir))}")
+    print_where_all_is(run_dir)
     return 0
 
 
+def print_where_all_is(run_dir: Path) -> None:
+    folder, plot = shlex.quote(str(run_dir)), Path(__file__).with_name("benchmark") / "plot.py"
+    print(f"  run folder  {run_dir}")
+    if plot.exists():  # the script may have been copied without it
+        print(f"  curves      python {os.path.relpath(plot)} {folder} --out {folder}/curves.png")
+    print(f"  TensorBoard tensorboard --logdir {folder}")
+    print(f"  policy      python {sys.argv[0]} --evaluate {folder}")
+
+
 def evaluate_policy(args: Args) -> int:
-    """--evaluate: prints the mean and standard deviation of the mean action's return."""
+    """--evaluate: prints the mean and standard deviation of the mean action's return, shows or records episodes."""
     device, policy = set_up_torch(args), load_policy(args.evaluate)
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     check_sizes(args.evaluate, policy["obs_dim"], policy["action_dim"], envs[0])
-    returns = evaluate(policy["actor"].to(device), envs)["returns"]
+    actor = policy["actor"].to(device)
+    if args.render:
+        window = [RealSpeed(make_env(args, render_mode="human"))]
+        returns = np.concatenate([evaluate(actor, window, first=i)["returns"] for i in range(args.eval_episodes)])
+    else:
+        returns = evaluate(actor, envs)["returns"]
     print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
+    if args.capture_video:
+        path = Path(args.evaluate)
+        folder = (path if path.is_dir() else path.parent) / "videos"
+        record_video(actor, args, folder, "evaluate")
+        print(f"videos in {folder}")
     return 0
 
 
