@@ -62,6 +62,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 
@@ -281,6 +282,21 @@ class FrameText(gym.Wrapper):
         font = ImageFont.load_default(size=image.width / 24)
         ImageDraw.Draw(image).text((10, 8), text, "white", font, stroke_width=2, stroke_fill="black")
         return np.asarray(image)
+
+
+class EveryFourthFrame(gym.Wrapper):
+    """Around FrameText: draws and keeps every fourth frame of an episode, in .frames."""
+
+    def reset(self, **kwargs):
+        result = self.env.reset(**kwargs)
+        self.frames = [self.env.render()]
+        return result
+
+    def step(self, action):
+        result = self.env.step(action)
+        if self.env.steps % 4 == 0:
+            self.frames.append(self.env.render())
+        return result
 
 
 class RealSpeed(gym.Wrapper):
@@ -814,12 +830,14 @@ def record_video(actor: Actor, args: Args, folder: Path, name: str) -> list[np.n
 
 
 def draw_rollout(actor: Actor, expert: nn.Module, args: Args, iteration: int) -> list[np.ndarray]:
-    """Frames of the first episode that `iteration` rolls out, from an environment and random streams of its own."""
-    env = gym.wrappers.RenderCollection(make_drawn_env(args))
+    """Every fourth frame of the first episode that `iteration` rolls out.
+
+    Its environment and random streams are its own, so that drawing changes nothing else.
+    """
+    env = EveryFourthFrame(make_drawn_env(args))
     next(rollouts(actor, expert, env, args, iteration))
-    frames = env.render()
     env.close()
-    return frames
+    return env.frames
 
 
 # --------------------------------------------------------------------------------------------- saving and loading
@@ -1036,6 +1054,20 @@ def check_finite(step: int, **quantities) -> None:
             raise RunError(f"stopped at step {step}: {name} became NaN or infinite")
 
 
+def log_settings(args: Args, writer: SummaryWriter) -> None:
+    """The settings for TensorBoard's HPARAMS tab, which compares runs by them and their last evaluation return.
+
+    SummaryWriter.add_hparams would make a folder of its own. A setting that is a number in some runs only is written
+    as text in all of them, since the tab allows a column one type.
+    """
+    settings = {
+        field.name: getattr(args, field.name) if field.type in (int, float) else str(getattr(args, field.name))
+        for field in dataclasses.fields(args)
+    }
+    for summary in hparams(settings, {"evaluation/eval_return_mean": math.nan}):
+        writer.file_writer.add_summary(summary)
+
+
 class RunLog:
     """progress.csv, TensorBoard and the progress bar of a run, from its first iteration or the one it resumes at."""
 
@@ -1046,7 +1078,8 @@ class RunLog:
         self.started = time.perf_counter() - saved["wall_time_s"]
         self.csv_path = run_dir / "progress.csv"
         cut_rows(self.csv_path, step)
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step)
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
+        log_settings(args, self.tensorboard)
         total = args.num_iterations * args.train_steps_per_iteration
         interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets a line now and then
         self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=interval)
@@ -1086,9 +1119,9 @@ class RunLog:
         self.bar.set_postfix({"eval_return": f"{row['eval_return_mean']:.1f}"}, refresh=False)
         self.returns = []
 
-    def video(self, step: int, frames: list[np.ndarray], tag: str) -> None:
-        """Every fourth frame at half size as a GIF, which TensorBoard plays among its images."""
-        images = [Image.fromarray(frame).reduce(2) for frame in frames[::4]]
+    def video(self, step: int, tag: str, frames: list[np.ndarray]) -> None:
+        """Every fourth frame of an episode at half size as a GIF, which TensorBoard plays among its images."""
+        images = [Image.fromarray(frame).reduce(2) for frame in frames]
         gif = io.BytesIO()
         images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
         width, height = images[0].size
@@ -1190,11 +1223,11 @@ def train(args: Args) -> int:
             for name in (f"policy_iteration_{iteration}.pt", "policy.pt"):
                 save_policy(actor, args, env, run_dir / name)
             if args.capture_video:
-                # What the next iteration will collect first. Here, a resumed run does not write it twice.
-                log.video(step, draw_rollout(actor, expert, args, iteration + 1), "rollout/video")
+                # What the next iteration will collect first, drawn here: a resumed run does not write it again.
+                log.video(step, "rollout/video", draw_rollout(actor, expert, args, iteration + 1))
                 if (iteration + 1) % args.video_every == 0 or iteration + 1 == args.num_iterations:
                     frames = record_video(actor, args, run_dir / "videos", f"step{step}")
-                    log.video(step, frames, "evaluation/video")
+                    log.video(step, "evaluation/video", frames[::4])
             parts = {"actor": actor.state_dict(), "optimizer": optimizer.state_dict(), "log": log.checkpoint()}
             parts |= {"iteration": iteration, "data_set": data_set.checkpoint(), "arithmetic": arithmetic}
             with replacing(run_dir / "checkpoint.pt", keep_previous=True) as file:
