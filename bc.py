@@ -388,6 +388,11 @@ def action_scale(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
     return (low + high) / 2, (high - low) / 2
 
 
+def some_of(obs: np.ndarray, count: int = 2_000) -> torch.Tensor:
+    """Every n-th of the observations (N, obs_dim), so that there are at most `count`."""
+    return torch.from_numpy(obs[:: math.ceil(len(obs) / count)].copy())
+
+
 def join(episodes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
 
@@ -731,7 +736,7 @@ def bc_loss(actor: Actor, obs: torch.Tensor, action: torch.Tensor, kind: str) ->
 
 def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     """Differentiates for this optimiser's parameters alone: no other network sees a gradient."""
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
     optimizer.step()
@@ -756,17 +761,34 @@ def policy_of(actor: nn.Module, noise: torch.Generator | None = None) -> Callabl
     return act
 
 
-def evaluate(
-    actor: nn.Module, envs: list[gym.Env], noise: torch.Generator | None = None, first: int = 0
-) -> dict[str, np.ndarray]:
+def evaluate(actor: nn.Module, envs: list[gym.Env], noise: torch.Generator | None = None, first: int = 0) -> dict:
     """One episode in each environment of the mean action, or with noise of sampled ones.
 
-    Episode i starts from the seed EVALUATION_SEED + first + i. Returns, per episode: returns and lengths.
+    Episode i starts from the seed EVALUATION_SEED + first + i. Returns, per episode: returns, lengths and
+    observations (T, obs_dim).
     """
     seeds = [EVALUATION_SEED + first + i for i in range(len(envs))]
     episodes = rollout(policy_of(actor, noise), envs, seeds)
     returns = np.array([episode["rewards"].sum() for episode in episodes])
-    return {"returns": returns, "lengths": np.array([len(episode["rewards"]) for episode in episodes])}
+    lengths = np.array([len(episode["rewards"]) for episode in episodes])
+    return {"returns": returns, "lengths": lengths, "observations": [episode["observations"] for episode in episodes]}
+
+
+def distance_from_demonstrations(episodes: list[np.ndarray], demonstrated: torch.Tensor) -> np.ndarray:
+    """How far each episode strays: the mean over its states of the distance to the nearest demonstrated state.
+
+    episodes: observations (T, obs_dim) each; demonstrated: observations (N, obs_dim). Distances are Euclidean and
+    without unit: each dimension is standardised by the demonstrated ones' mean and standard deviation, or by the mean
+    alone if it is the same in all of them. Returns (num_episodes,).
+    """
+    std, mean = torch.std_mean(demonstrated, dim=0, correction=0)
+    std = torch.where(std > 1e-6, std, 1.0)
+    demonstrated = (demonstrated - mean) / std
+    distances = []
+    for episode in episodes:
+        chunks = ((torch.from_numpy(episode) - mean) / std).split(1_000)  # bounds the memory: 8 MB for 2,000 of them
+        distances.append(torch.cat([torch.cdist(chunk, demonstrated).amin(1) for chunk in chunks]).mean().item())
+    return np.array(distances)
 
 
 def make_drawn_env(args: Args) -> gym.Env:
@@ -1039,7 +1061,7 @@ class RunLog:
         self.loss_sum = self.loss_sum + loss
         self.num_losses += 1
 
-    def evaluation(self, step: int, result: dict, sampled: dict, validation_loss: float) -> None:
+    def evaluation(self, step: int, result: dict, sampled: dict, validation_loss: float, distance: float) -> None:
         """Writes a row of progress.csv. result and sampled are what evaluate returned for the two kinds of action."""
         row = {
             "step": step,
@@ -1052,6 +1074,7 @@ class RunLog:
             "eval_sampled_return_mean": sampled["returns"].mean(),
             "eval_sampled_return_std": sampled["returns"].std(),
             "expert_return_mean": self.expert_return,
+            "distance_from_demonstrations": distance,
         }
         with open(self.csv_path, "a", newline="") as file:
             writer = csv.DictWriter(file, list(row))
@@ -1099,6 +1122,7 @@ def train(args: Args) -> int:
     expert = load_expert(args, env).to(device) if args.expert or not args.expert_data else None
     data = load_demonstrations(args, env) if args.expert_data else demonstrate(expert, env, args)
     obs, action = (torch.from_numpy(data[field]).to(device) for field in ("observations", "actions"))
+    demonstrated = some_of(data["observations"])
     split = torch.randperm(len(obs), generator=stream(SPLIT, args.seed)).to(device)
     held_out, training = split.tensor_split([int(args.validation_fraction * len(obs))])
     if args.batch_size > len(training):
@@ -1166,7 +1190,8 @@ def train(args: Args) -> int:
                     validation_loss = bc_loss(actor, obs[held_out], action[held_out], args.loss)[1].item()
                 result = evaluate(actor, eval_envs)
                 sampled = evaluate(actor, eval_envs, noise=stream(EVALUATION, args.seed))
-                log.evaluation(done, result, sampled, validation_loss)
+                distance = distance_from_demonstrations(result["observations"], demonstrated).mean()
+                log.evaluation(done, result, sampled, validation_loss, distance)
                 save_policy(actor, args, env, run_dir / "policy.pt")
                 if args.capture_video and (done // args.eval_every % args.video_every == 0 or last):
                     log.video(done, record_video(actor, args, run_dir / "videos", f"step{done}"))

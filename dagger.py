@@ -407,6 +407,11 @@ def action_scale(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
     return (low + high) / 2, (high - low) / 2
 
 
+def some_of(obs: np.ndarray, count: int = 2_000) -> torch.Tensor:
+    """Every n-th of the observations (N, obs_dim), so that there are at most `count`."""
+    return torch.from_numpy(obs[:: math.ceil(len(obs) / count)].copy())
+
+
 def join(episodes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
 
@@ -739,7 +744,7 @@ def bc_loss(actor: Actor, obs: torch.Tensor, action: torch.Tensor, kind: str) ->
 
 def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     """Differentiates for this optimiser's parameters alone: no other network sees a gradient."""
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
     optimizer.step()
@@ -764,17 +769,34 @@ def policy_of(actor: nn.Module, noise: torch.Generator | None = None) -> Callabl
     return act
 
 
-def evaluate(
-    actor: nn.Module, envs: list[gym.Env], noise: torch.Generator | None = None, first: int = 0
-) -> dict[str, np.ndarray]:
+def evaluate(actor: nn.Module, envs: list[gym.Env], noise: torch.Generator | None = None, first: int = 0) -> dict:
     """One episode in each environment of the mean action, or with noise of sampled ones.
 
-    Episode i starts from the seed EVALUATION_SEED + first + i. Returns, per episode: returns and lengths.
+    Episode i starts from the seed EVALUATION_SEED + first + i. Returns, per episode: returns, lengths and
+    observations (T, obs_dim).
     """
     seeds = [EVALUATION_SEED + first + i for i in range(len(envs))]
     episodes = rollout(policy_of(actor, noise), envs, seeds)
     returns = np.array([episode["rewards"].sum() for episode in episodes])
-    return {"returns": returns, "lengths": np.array([len(episode["rewards"]) for episode in episodes])}
+    lengths = np.array([len(episode["rewards"]) for episode in episodes])
+    return {"returns": returns, "lengths": lengths, "observations": [episode["observations"] for episode in episodes]}
+
+
+def distance_from_demonstrations(episodes: list[np.ndarray], demonstrated: torch.Tensor) -> np.ndarray:
+    """How far each episode strays: the mean over its states of the distance to the nearest demonstrated state.
+
+    episodes: observations (T, obs_dim) each; demonstrated: observations (N, obs_dim). Distances are Euclidean and
+    without unit: each dimension is standardised by the demonstrated ones' mean and standard deviation, or by the mean
+    alone if it is the same in all of them. Returns (num_episodes,).
+    """
+    std, mean = torch.std_mean(demonstrated, dim=0, correction=0)
+    std = torch.where(std > 1e-6, std, 1.0)
+    demonstrated = (demonstrated - mean) / std
+    distances = []
+    for episode in episodes:
+        chunks = ((torch.from_numpy(episode) - mean) / std).split(1_000)  # bounds the memory: 8 MB for 2,000 of them
+        distances.append(torch.cat([torch.cdist(chunk, demonstrated).amin(1) for chunk in chunks]).mean().item())
+    return np.array(distances)
 
 
 def rollouts(actor: Actor, expert: nn.Module, env: gym.Env, args: Args, iteration: int) -> Iterator[dict]:
@@ -1090,7 +1112,9 @@ class RunLog:
         self.expert_queries += len(episode["rewards"])
         self.returns.append(episode["rewards"].sum())
 
-    def evaluation(self, step: int, iteration: int, result: dict, sampled: dict, train_loss: float) -> None:
+    def evaluation(
+        self, step: int, iteration: int, result: dict, sampled: dict, train_loss: float, distance: float
+    ) -> None:
         """Writes a row of progress.csv. result and sampled are what evaluate returned for the two kinds of action."""
         row = {
             "step": step,
@@ -1107,6 +1131,7 @@ class RunLog:
             "eval_sampled_return_mean": sampled["returns"].mean(),
             "eval_sampled_return_std": sampled["returns"].std(),
             "expert_return_mean": self.expert_return,
+            "distance_from_demonstrations": distance,
         }
         with open(self.csv_path, "a", newline="") as file:
             writer = csv.DictWriter(file, list(row))
@@ -1163,6 +1188,7 @@ def train(args: Args) -> int:
     checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
     if not checkpoint:
         data = load_demonstrations(args, env) if args.expert_data else demonstrate(expert, env, args)
+        demonstrated = some_of(data["observations"])
         data_set.add(*(torch.from_numpy(data[field]) for field in ("observations", "actions")))
         if args.batch_size > len(data_set):
             raise UserError(f"--batch-size {args.batch_size}: larger than the data, {len(data_set)} demonstrated steps")
@@ -1180,6 +1206,7 @@ def train(args: Args) -> int:
             actor.load_state_dict(checkpoint["actor"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             data_set.load_checkpoint(checkpoint["data_set"])
+            demonstrated = checkpoint["demonstrated"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"--resume {run_dir}: its checkpoint does not fit its args.json ({error})") from None
     if first_iteration >= args.num_iterations:
@@ -1219,17 +1246,20 @@ def train(args: Args) -> int:
             result = evaluate(actor, eval_envs)
             sampled = evaluate(actor, eval_envs, noise=stream(EVALUATION, args.seed))
             stop.check()
-            log.evaluation(step, iteration, result, sampled, float(loss_sum) / args.train_steps_per_iteration)
+            distance = distance_from_demonstrations(result["observations"], demonstrated).mean()
+            train_loss = float(loss_sum) / args.train_steps_per_iteration
+            log.evaluation(step, iteration, result, sampled, train_loss, distance)
             for name in (f"policy_iteration_{iteration}.pt", "policy.pt"):
                 save_policy(actor, args, env, run_dir / name)
             if args.capture_video:
-                # What the next iteration will collect first, drawn here: a resumed run does not write it again.
+                # The first episode that the next iteration will collect.
                 log.video(step, "rollout/video", draw_rollout(actor, expert, args, iteration + 1))
                 if (iteration + 1) % args.video_every == 0 or iteration + 1 == args.num_iterations:
                     frames = record_video(actor, args, run_dir / "videos", f"step{step}")
                     log.video(step, "evaluation/video", frames[::4])
             parts = {"actor": actor.state_dict(), "optimizer": optimizer.state_dict(), "log": log.checkpoint()}
             parts |= {"iteration": iteration, "data_set": data_set.checkpoint(), "arithmetic": arithmetic}
+            parts |= {"demonstrated": demonstrated}
             with replacing(run_dir / "checkpoint.pt", keep_previous=True) as file:
                 torch.save({"format": CHECKPOINT_FORMAT, **parts}, file)
     except Stopped:
