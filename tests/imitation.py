@@ -10,6 +10,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 import bc
 
@@ -156,3 +160,25 @@ def stop_at_gradient_step(monkeypatch, script, number, signal_number=signal.SIGT
         original(optimizer, loss)
 
     monkeypatch.setattr(script, "gradient_step", counting)
+
+
+def hparams_table(log_dir):
+    """What TensorBoard's HPARAMS tab shows, from its own backend.
+
+    The types of the settings by name, the metrics, and for each run its settings and its metric with the step of it.
+    """
+    runs = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(log_dir))
+    runs.Reload()
+    provider = data_provider.MultiplexerDataProvider(runs, str(log_dir))
+    backend = backend_context.Context(base_plugin.TBContext(multiplexer=runs, data_provider=provider))
+    nobody = RequestContext()
+    found = backend.hparams_metadata(nobody, ""), backend.hparams_from_data_provider(nobody, "", None)
+    experiment = backend.experiment_from_metadata(nobody, "", True, *found)
+    request = api_pb2.ListSessionGroupsRequest(slice_size=100, allowed_statuses=range(4), include_metrics=True)
+    table = {}
+    for group in list_session_groups.Handler(nobody, backend, "", request).run().session_groups:
+        settings = {name: getattr(v, v.WhichOneof("kind")) for name, v in group.hparams.items()}
+        [metric] = group.metric_values
+        table[group.name] = settings, (metric.value, metric.training_step)
+    types = {info.name: api_pb2.DataType.Name(info.type) for info in experiment.hparam_infos}
+    return types, [info.name.tag for info in experiment.metric_infos], table

@@ -150,12 +150,15 @@ def test_a_run_as_a_process(tmp_path):
     assert re.fullmatch(r"HalfCheetah-v4__bc__1__\d{8}-\d{6}", run_dir.name)
     assert [row["step"] for row in rows(run_dir)] == ["30", "40"]
     columns = "step wall_time_s eval_return_mean eval_return_std eval_length_mean train_loss validation_loss"
-    columns += " eval_sampled_return_mean eval_sampled_return_std expert_return_mean"
+    columns += " eval_sampled_return_mean eval_sampled_return_std expert_return_mean distance_from_demonstrations"
     assert list(rows(run_dir)[0]) == columns.split()
     settings = json.loads((run_dir / "args.json").read_text())
     assert settings["learning_rate"] == 5e-3
     assert settings["versions"]["torch"].startswith("2.")
     assert list(run_dir.glob("events.out.tfevents.*"))
+    assert f"plot.py runs/{run_dir.name} --out runs/{run_dir.name}/curves.png" in done.stdout
+    assert f"tensorboard --logdir runs/{run_dir.name}" in done.stdout
+    assert f"bc.py --evaluate runs/{run_dir.name}" in done.stdout
     with np.load(tmp_path / "d.npz") as saved:
         assert saved["observations"].shape == (200, 17)
         assert np.flatnonzero(saved["truncations"]).tolist() == [99, 199]
@@ -296,6 +299,11 @@ BAD = [
     ("--expert nothing.pt", "nothing.pt: cannot be read"),
     ("--device abacus", "--device abacus"),
     ("--resume a --evaluate b", "contradict each other"),
+    ("--video-every 3", "--video-every 3 and --capture-video False"),
+    ("--video-episodes 3", "--video-episodes 3 and --capture-video False"),
+    ("--capture-video --video-every 0", "--video-every 0: must be at least 1"),
+    ("--render", "--render True and --evaluate None"),
+    ("--capture-video", "envs:Tiny-v0 .* unexpected keyword argument 'render_mode'"),
 ]
 
 

@@ -166,6 +166,9 @@ def test_a_clone_drifts_where_dagger_does_not(tmp_path):
     assert float(first["eval_return_mean"]) < 40
     assert float(last["eval_return_mean"]) == 100
     assert float(last["eval_sampled_return_mean"]) == 100
+    # x is 0 in all demonstrations, so that its distance from them is |x|.
+    assert float(clone["distance_from_demonstrations"]) > 0.1
+    assert float(last["distance_from_demonstrations"]) < 0.05
 
 
 def test_iteration_0_is_bc(tmp_path, tiny, monkeypatch):
@@ -190,7 +193,7 @@ def test_run_folder(tmp_path, tiny):
     table = rows(tmp_path / "run")
     columns = "step wall_time_s eval_return_mean eval_return_std eval_length_mean iteration env_steps expert_queries"
     columns += " train_return_mean train_return_std train_loss eval_sampled_return_mean eval_sampled_return_std"
-    assert list(table[0]) == [*columns.split(), "expert_return_mean"]
+    assert list(table[0]) == [*columns.split(), "expert_return_mean", "distance_from_demonstrations"]
     assert [row["step"] for row in table] == ["20", "40", "60", "80"]
     assert [row["iteration"] for row in table] == ["0", "1", "2", "3"]
     actor = bc.load_policy(str(tmp_path / "run"))["actor"]
@@ -298,6 +301,11 @@ BAD = [
     ("--expert nothing", "nothing: cannot be read"),
     ("--env-id Pendulum-v1", "a policy for 2 observations and 1 actions, Pendulum-v1 has 3 and 1"),
     ("--buffer-size 100000000000000", "--buffer-size 100000000000000: must be at least 1"),
+    ("--video-every 3", "--video-every 3 and --capture-video False"),
+    ("--video-episodes 3", "--video-episodes 3 and --capture-video False"),
+    ("--capture-video --video-episodes 0", "--video-episodes 0: must be at least 1"),
+    ("--render", "--render True and --evaluate None"),
+    ("--capture-video", "envs:Tiny-v0 .* unexpected keyword argument 'render_mode'"),
 ]
 
 

@@ -1,6 +1,7 @@
 """What two scripts both need stands in both, worded the same."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,23 +10,27 @@ ROOT = Path(__file__).parent.parent
 SHARED = (
     "UserError RunError flag gradient_step check_finite replacing load_file load_policy write_args read_args cut_rows"
 )
-SHARED += " open_run_dir load_checkpoint main"
+SHARED += " open_run_dir load_checkpoint main FrameText RealSpeed make_drawn_env record_video print_where_all_is"
 SHARED_BY_TWO = (
     "FIELDS PickledDtype PickledArray ArrayUnpickler PickledExpert join unpickle numbers pickled_array rollout"
 )
 SHARED_BY_TWO += (
     " read_pickle check_sizes demonstrate stream nll_loss mse_loss bc_loss policy_of evaluate make_env Actor"
 )
-SHARED_BY_TWO += " set_up_torch evaluate_policy action_scale"
+SHARED_BY_TWO += " set_up_torch evaluate_policy action_scale some_of distance_from_demonstrations log_settings"
 
 
+@functools.cache
 def definitions(script):
+    """Their source by name, methods as CLASS.METHOD."""
     text = (ROOT / script).read_text()
-    found = {}
+    lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
         names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
-        for name in [*names, getattr(node, "name", None)]:
-            found[name] = ast.get_source_segment(text, node)
+        nodes = dict.fromkeys([*names, getattr(node, "name", None)], node)
+        if isinstance(node, ast.ClassDef):
+            nodes |= {f"{node.name}.{method.name}": method for method in node.body if hasattr(method, "name")}
+        found |= {name: lines[part.lineno - 1 : part.end_lineno] for name, part in nodes.items()}
     return found
 
 
@@ -34,6 +39,7 @@ def definitions(script):
     [
         (["sac_continuous.py", "bc.py", "dagger.py"], SHARED.split()),
         (["bc.py", "dagger.py"], SHARED_BY_TWO.split()),
+        (["sac_continuous.py", "bc.py"], ["RunLog.video"]),
     ],
 )
 def test_shared_definitions_are_worded_the_same(scripts, names):
