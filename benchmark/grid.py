@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import yaml
 from errors import UserError
 
@@ -57,11 +58,24 @@ def has_run(folder: Path) -> bool:
     return (folder / "args.json").exists()
 
 
-def clear_false_start(folder: Path) -> None:
-    """Empties a folder whose run was cut off before it wrote its settings, so that it can be started anew."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock", "args.json.tmp"}:
-        for path in folder.iterdir():
-            path.unlink()
+def take_lock(folder: Path) -> filelock.FileLock | None:
+    """The lock with which the scripts keep other processes out of their run folder; None if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return None
+    return lock
+
+
+def is_locked(folder: Path) -> bool:
+    if not (folder / ".lock").exists():
+        return False
+    lock = take_lock(folder)
+    if lock:
+        lock.release()
+    return lock is None
 
 
 def normalise(settings: dict, where: str) -> dict:

@@ -6,10 +6,12 @@ import time
 from dataclasses import dataclass
 
 import training_process
-from grid import Run, clear_false_start
+from grid import Run, is_locked
 
 REFUSED = 2  # the scripts' exit code for settings that they do not take
-NOT_BEGUN = -1000  # no process ends with it: the run's variant was refused before its turn came
+# No process ends with these:
+NOT_BEGUN = -1000  # the run's variant was refused before its turn came
+LOCKED = -1001  # another process, of another sweep say, is working on the run
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,26 @@ class LocalEngine:
     def __init__(self, jobs: int):
         self.jobs = jobs
         self.processes: dict[Run, subprocess.Popen] = {}
+        self.locked: list[Run] = []
 
     def has_room(self) -> bool:
         return len(self.processes) < self.jobs
 
     def start(self, run: Run) -> None:
-        clear_false_start(run.folder)
+        if is_locked(run.folder):  # the script would refuse it too, in the log of the one at work
+            self.locked.append(run)
+            return
         # Should the sweep be killed, SIGTERM lets its runs save what they have.
         self.processes[run] = training_process.start(run.command(), run.log(), signal.SIGTERM)
 
     def is_busy(self) -> bool:
-        return bool(self.processes)
+        return bool(self.processes or self.locked)
 
     def poll(self) -> list[Ended]:
         """Those that ended since the last call; waits a moment if none has."""
+        if self.locked:
+            locked, self.locked = self.locked, []
+            return [Ended(run, LOCKED) for run in locked]
         ended = [run for run, process in self.processes.items() if process.poll() is not None]
         if not ended:
             time.sleep(0.05)

@@ -23,8 +23,9 @@ import ray
 import ray.exceptions
 import training_process
 from errors import UserError
-from grid import Run, clear_false_start, has_run
-from local_engine import NOT_BEGUN, REFUSED, Ended
+from filelock import FileLock
+from grid import Run, has_run, is_locked, take_lock
+from local_engine import LOCKED, NOT_BEGUN, REFUSED, Ended
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transfer import Piece, Receiver, pieces
 
@@ -36,9 +37,14 @@ POLL_S = 0.2
 
 @ray.remote(num_cpus=0)
 class Desk:
-    """Where tasks report. Writes what they bring; knows which runs have begun and which shall not begin."""
+    """Where tasks report. Writes what they bring; knows which runs have begun and which shall not begin.
 
-    def __init__(self):
+    It holds the locks of the run folders, in which no script works that could. With shared_out the scripts do.
+    """
+
+    def __init__(self, shared_out: bool):
+        self.shared_out = shared_out
+        self.locks: dict[Run, FileLock | None] = {}
         self.attempts: dict[Run, int] = {}
         self.fractions: dict[Run, float] = {}
         self.receivers: dict[Run, Receiver] = {}
@@ -61,12 +67,17 @@ class Desk:
         """At once, without a way round by the driver: no further run of the variant begins."""
         self.refused_variants.add(variant)
 
-    def begin(self, run: Run, attempt: int) -> bool:
+    def begin(self, run: Run, attempt: int) -> int | None:
+        """Returns None to go on, otherwise what the task ends with."""
         if self.attempts.get(run) != attempt or run.variant in self.refused_variants:
-            return False
+            return NOT_BEGUN
+        lock = None if self.shared_out else take_lock(run.folder)
+        if is_locked(run.folder) if self.shared_out else lock is None:
+            return LOCKED
+        self.locks[run] = lock
         self.fractions[run] = 0.0
         self.receivers[run] = Receiver(run.folder)
-        return True
+        return None
 
     def resume_from(self, run: Run) -> Iterator[Piece]:
         """What has been brought back of the run so far."""
@@ -87,6 +98,8 @@ class Desk:
         return self.fractions
 
     def end(self, run: Run) -> None:
+        if lock := self.locks.pop(run, None):
+            lock.release()
         for of_runs in (self.attempts, self.fractions, self.receivers):
             of_runs.pop(run, None)
 
@@ -102,8 +115,9 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
         def wait_for(reference):
             return thread.submit(ray.get, reference).result()
 
-        if not wait_for(desk.begin.remote(run, attempt)):
-            return NOT_BEGUN
+        refusal = wait_for(desk.begin.remote(run, attempt))
+        if refusal is not None:
+            return refusal
         script = Path.cwd() / "script" / run.script.name  # as shipped with the job
         env = {} if ray.get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""}
         with tempfile.TemporaryDirectory(prefix="sweep-") as scratch:
@@ -116,7 +130,6 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
 
             if not shared_out:
                 thread.submit(fetch, run, desk, Receiver(folder)).result()
-            clear_false_start(folder)
             fresh = not has_run(folder)
             log = run.log(folder)
             # SIGKILL: when the node is lost, nothing that the process could still save would be found.
@@ -226,7 +239,7 @@ class RayEngine:
                 print(f"warning: {message} now; waiting for one to join", file=sys.stderr)
             self.close = stack.pop_all().close
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.desk = Desk.options(scheduling_strategy=here).remote()
+        self.desk = Desk.options(scheduling_strategy=here).remote(shared_out)
         self.task = ray.remote(train).options(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)
         self.shared_out, self.bring_back_every = shared_out, bring_back_every
         self.submitted: dict[ray.ObjectRef, Run] = {}

@@ -21,7 +21,7 @@ import training_process
 from display import Display
 from errors import Parser, UserError, run_main
 from grid import Run, has_run, make_runs, parse_overrides
-from local_engine import NOT_BEGUN, REFUSED, Ended, LocalEngine
+from local_engine import LOCKED, NOT_BEGUN, REFUSED, Ended, LocalEngine
 
 MAX_ATTEMPTS = 2
 MAX_LOSSES = 10  # a run that so many machines died under is perhaps what kills them
@@ -80,6 +80,9 @@ class Sweep:
             pass  # it is left for the next time
         elif code == NOT_BEGUN:
             self.counts["not started"] += 1
+        elif code == LOCKED:
+            self.counts["refused"] += 1
+            self.display.line(f"refused   {run.name}: another process is working on it; wait for it or stop it")
         elif code is None and self.losses[run] < MAX_LOSSES:
             self.losses[run] += 1
             self.waiting.appendleft(run)

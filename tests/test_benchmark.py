@@ -278,13 +278,16 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on_to_the_same_policies(tmp_
     assert "from step 0" not in logs[0].read_text().rpartition("\n$ ")[2]
 
 
-def test_a_run_cut_off_before_its_first_file_starts_anew(tmp_path):
-    experiment = write_experiment(tmp_path, seeds=[1])
-    folder = tmp_path / "out/grid/A-v0__1"
-    folder.mkdir(parents=True)
-    (folder / ".lock").touch()
-    run("sweep", experiment, "--out", tmp_path / "out")
-    assert policies(tmp_path)
+def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path):
+    experiment = write_experiment(tmp_path)
+    lock = grid.take_lock(tmp_path / "out/grid/A-v0__1")
+    result = run("sweep", experiment, "--out", tmp_path / "out", "--jobs", 1, code=2)
+    lines = result.stderr.splitlines()
+    assert lines[0] == "refused   A-v0__1: another process is working on it; wait for it or stop it"
+    assert lines[1:] == ["finished  A-v0__2 (1 of 2)", "2 runs: 1 finished, 1 refused"]
+    assert [path.name for path in (tmp_path / "out/grid").glob("A-v0__1*")] == ["A-v0__1"]  # not even a log
+    lock.release()
+    assert "2 runs: 2 finished" in run("sweep", experiment, "--out", tmp_path / "out").stderr
 
 
 def test_a_sweep_of_the_real_script(tmp_path):
@@ -293,8 +296,11 @@ def test_a_sweep_of_the_real_script(tmp_path):
     content = {"script": "sac_continuous.py", "environments": ["Pendulum-v1"], "seeds": [1], "settings": settings}
     experiment = tmp_path / "real.yaml"
     experiment.write_text(json.dumps(content))
-    run("sweep", experiment, "--out", tmp_path)
     folder = tmp_path / "real/Pendulum-v1__1"
+    folder.mkdir(parents=True)
+    for name in (".lock", "args.json.tmp"):  # of an attempt that was cut off before its first file
+        (folder / name).touch()
+    run("sweep", experiment, "--out", tmp_path)
     assert curves.read_run(folder)["step"].tolist() == [100, 200, 250]
     changed = run("sweep", experiment, "--out", tmp_path, "--tau", 0.5, code=2)
     assert "refused   Pendulum-v1__1" in changed.stderr and "--tau 0.5" in changed.stderr

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("ray", reason="pip install -r benchmark/requirements.txt")
 
-from test_benchmark import command, is_alive, pids, policies, run, wait_until, write_experiment
+from test_benchmark import command, grid, is_alive, pids, policies, run, wait_until, write_experiment
 
 
 def free_port() -> int:
@@ -184,6 +184,27 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path, cluster, address):
     run("sweep", experiment, "--out", tmp_path / "out", *engine)
     assert policies(out) == policies(tmp_path / "local/grid")
     assert not list(out.glob(".*.incoming"))
+
+
+def test_sweeps_of_the_same_results_keep_out_of_each_others_runs(tmp_path, cluster):
+    experiment, out = write_experiment(tmp_path, seeds=[1]), tmp_path / "out"
+    complaint = "refused   A-v0__1: another process is working on it; wait for it or stop it\n1 runs: 1 refused\n"
+    arguments = command("sweep", experiment, "--out", out, "--step-s", 1, *on(cluster))
+    sweep = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    log = out / "grid/A-v0__1.log"
+    wait_until(lambda: log.exists() and pids(log))
+    for engine in (on(cluster), []):
+        assert run("sweep", experiment, "--out", out, *engine, code=2).stderr == complaint
+    sweep.send_signal(signal.SIGINT)
+    assert "1 runs: 1 left" in sweep.communicate(timeout=600)[1] and sweep.returncode == 130
+    assert len(pids(log)) == 1
+
+    shared = ["--engine", "ray", "--address", cluster.address, "--shared-out"]
+    lock = grid.take_lock(out / "grid/A-v0__1")  # as a script does that a local sweep has started
+    for engine in (on(cluster), shared):
+        assert run("sweep", experiment, "--out", out, *engine, code=2).stderr == complaint
+    lock.release()
+    assert "1 runs: 1 finished" in run("sweep", experiment, "--out", out, *on(cluster)).stderr
 
 
 def test_a_folder_that_all_nodes_see(tmp_path, cluster):
