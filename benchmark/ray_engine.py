@@ -6,6 +6,7 @@ again: a new task gets what the desk has written so far and resumes from there.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -107,8 +108,11 @@ class Desk:
         self.stopping = True
 
 
-def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: float) -> int | None:
-    """The task: one run from its start or its last state to its end. Returns the script's exit code."""
+def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: float, revision: str | None) -> int | None:
+    """The task: one run from its start or its last state to its end. Returns the script's exit code.
+
+    revision: git's, of the script where the driver is.
+    """
     # Ray lends the processors of a task out to others while its main thread waits in ray.get; ours are not idle then.
     with ThreadPoolExecutor(1) as thread:
 
@@ -125,12 +129,14 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
             sent = {}
 
             def bring_back():
+                if modified(folder / "args.json") != before:  # its script, which writes it once, has done so
+                    fill_in_revision(folder / "args.json", revision)
                 for piece in [] if shared_out else pieces(folder, sent):
                     wait_for(desk.bring.remote(run, attempt, piece))
 
             if not shared_out:
                 thread.submit(fetch, run, desk, Receiver(folder)).result()
-            fresh = not has_run(folder)
+            fresh, before = not has_run(folder), modified(folder / "args.json")
             log = run.log(folder)
             # SIGKILL: when the node is lost, nothing that the process could still save would be found.
             process = training_process.start(run.command(folder, script), log, signal.SIGKILL, env, cwd=script.parent)
@@ -158,6 +164,31 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
 def fetch(run: Run, desk, receiver: Receiver) -> None:
     for reference in desk.resume_from.remote(run):
         receiver.accept(ray.get(reference))
+
+
+def modified(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def find_revision(script: Path) -> str | None:
+    """As the scripts find it themselves; None outside of git."""
+    git = ["git", "-C", str(script.parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def fill_in_revision(settings: Path, revision: str | None) -> None:
+    """A script that has travelled without its repository leaves null."""
+    try:
+        content = json.loads(settings.read_text())
+    except ValueError:  # it is being written
+        return
+    if content.get("git_revision", "") is None and revision:
+        beside = settings.with_name(f"{settings.name}.tmp")
+        beside.write_text(json.dumps(content | {"git_revision": revision}, indent=2) + "\n")
+        os.replace(beside, settings)
 
 
 @contextlib.contextmanager
@@ -241,7 +272,7 @@ class RayEngine:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.desk = Desk.options(scheduling_strategy=here).remote(shared_out)
         self.task = ray.remote(train).options(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)
-        self.shared_out, self.bring_back_every = shared_out, bring_back_every
+        self.arguments = shared_out, bring_back_every, find_revision(script)
         self.submitted: dict[ray.ObjectRef, Run] = {}
         self.attempts = 0
 
@@ -251,7 +282,7 @@ class RayEngine:
     def start(self, run: Run) -> None:
         self.attempts += 1
         ray.get(self.desk.submit.remote(run, self.attempts))  # before the task can ask whether it may begin
-        reference = self.task.remote(run, self.attempts, self.desk, self.shared_out, self.bring_back_every)
+        reference = self.task.remote(run, self.attempts, self.desk, *self.arguments)
         self.submitted[reference] = run
 
     def is_busy(self) -> bool:

@@ -50,7 +50,8 @@ folder.mkdir(parents=True, exist_ok=True)
 state = {"step": 0, "value": args.seed}
 if args.resume and (folder / "checkpoint.pt").exists():
     state = json.loads((folder / "checkpoint.pt").read_text())
-(folder / "args.json").write_text(json.dumps({"env_id": args.env_id, "seed": args.seed, "exp_name": args.exp_name}))
+settings = {"env_id": args.env_id, "seed": args.seed, "exp_name": args.exp_name, "total_steps": args.total_steps}
+(folder / "args.json").write_text(json.dumps(settings | {"git_revision": None}))
 def save():
     (folder / "checkpoint.tmp").write_text(json.dumps(state))
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")

@@ -102,6 +102,19 @@ def on(cluster: Cluster) -> list[str]:
     return ["--engine", "ray", "--address", cluster.address, "--bring-back-every", "0.5"]
 
 
+def commit(folder: Path) -> str:
+    """Puts the experiment there under git, or what has changed in it. Returns the revision."""
+    (folder / "change").write_text(secrets.token_hex())
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for arguments in (["init", "-q"], ["add", "change", "stand_in.py"], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def read_settings(run_folder: Path) -> dict:
+    return json.loads((run_folder / "args.json").read_text())
+
+
 def test_a_node_dies_and_the_policies_are_those_of_a_local_sweep(tmp_path, cluster):
     settings = {"total-steps": 1200, "learning-starts": 100, "random-steps": 50, "batch-size": 16, "hidden-size": 16}
     settings |= {"eval-every": 100, "eval-episodes": 1, "checkpoint-every": 100, "buffer-size": 1000}
@@ -209,8 +222,10 @@ def test_sweeps_of_the_same_results_keep_out_of_each_others_runs(tmp_path, clust
 
 def test_a_folder_that_all_nodes_see(tmp_path, cluster):
     experiment = write_experiment(tmp_path, seeds=[1, 2])
+    revision = commit(tmp_path)
     arguments = ["--engine", "ray", "--address", cluster.address, "--shared-out"]
     run("sweep", experiment, "--out", tmp_path / "out", *arguments)
+    assert read_settings(tmp_path / "out/grid/A-v0__1")["git_revision"] == revision
     run("sweep", experiment, "--out", tmp_path / "local")
     assert policies(tmp_path / "out/grid") == policies(tmp_path / "local/grid")
     assert f"--run-dir {tmp_path}/out/grid/A-v0__1" in (tmp_path / "out/grid/A-v0__1.log").read_text()
@@ -222,8 +237,14 @@ def test_ray_started_on_this_machine_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     experiment = write_experiment(tmp_path, seeds=[1])
-    result = run("sweep", experiment, "--out", tmp_path / "out", "--engine", "ray")
-    assert "1 runs: 1 finished" in result.stderr and result.stdout == ""
+    for total_steps in (20, 30):  # the second sweep resumes
+        revision = commit(tmp_path)
+        arguments = ["--out", tmp_path / "out", "--engine", "ray", "--total-steps", total_steps]
+        result = run("sweep", experiment, *arguments)
+        assert "1 runs: 1 finished" in result.stderr and result.stdout == ""
+        found = read_settings(tmp_path / "out/grid/A-v0__1")
+        assert (found["git_revision"], found["total_steps"]) == (revision, total_steps)
+    assert "from step 20" in (tmp_path / "out/grid/A-v0__1.log").read_text()
     assert policies(tmp_path) and not list((tmp_path / "home").rglob("*token*"))
 
 
