@@ -188,8 +188,11 @@ def test_iteration_0_is_bc(tmp_path, tiny, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- runs
 
 
-def test_run_folder(tmp_path, tiny):
+def test_run_folder(tmp_path, tiny, capsys):
     assert run(tmp_path, tiny) == 0
+    out = capsys.readouterr().out
+    for command in ("plot.py {0} --out {0}/curves.png", "tensorboard --logdir {0}", " --evaluate {0}"):
+        assert command.format(tmp_path / "run") in out
     table = rows(tmp_path / "run")
     columns = "step wall_time_s eval_return_mean eval_return_std eval_length_mean iteration env_steps expert_queries"
     columns += " train_return_mean train_return_std train_loss eval_sampled_return_mean eval_sampled_return_std"

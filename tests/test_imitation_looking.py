@@ -1,6 +1,7 @@
 """What shows how bc.py and dagger.py do: videos, windows, TensorBoard, and the distance from the demonstrations."""
 
 import io
+import os
 import re
 import shutil
 import time
@@ -63,6 +64,21 @@ def test_recording_changes_nothing_and_makes_videos(script, tmp_path):
     assert events_of(tmp_path / "plain").Tags()["images"] == []
 
 
+@BOTH
+def test_the_videos_show_the_first_evaluation_episodes(script, tmp_path, monkeypatch):
+    original, drawn, evaluated = script.evaluate, [], []
+
+    def spying(actor, envs, noise=None, first=0):
+        result = original(actor, envs, noise, first)
+        if noise is None:
+            (drawn if envs[0].render_mode else evaluated).append(result["returns"])
+        return result
+
+    monkeypatch.setattr(script, "evaluate", spying)
+    assert run(script, tmp_path, "--capture-video --video-episodes 2") == 0
+    assert np.concatenate(drawn) == pytest.approx(evaluated[-1], rel=1e-5)  # a batch of one rounds otherwise
+
+
 def test_tensorboard_shows_a_rollout_of_each_iteration_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at_gradient_step(patch, dagger, 50)
@@ -115,9 +131,11 @@ def test_evaluate_and_record(script, tmp_path, capsys):
 def test_mujoco_is_drawn_without_a_display(script, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
     path = shutil.copy(ROOT / "experts/Hopper-v4.pt", tmp_path)
     few = "--eval-episodes 1 --max-episode-steps 4"
     code = script.main(["--evaluate", str(path), "--capture-video", *few.split()])
+    assert os.environ["MUJOCO_GL"] == "egl"
     if code == 2 and "MuJoCo needs OpenGL" in capsys.readouterr().err:
         pytest.skip("no OpenGL here")
     assert code == 0
@@ -214,9 +232,9 @@ def test_settings_and_returns_stand_in_the_hparams_tab(script, tmp_path, monkeyp
 @BOTH
 def test_tensorboard_has_every_row_once_after_a_resume(script, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_at_gradient_step(patch, script, 41)  # bc.py saves there, dagger.py goes back to step 40
+        stop_at_gradient_step(patch, script, {bc: 40, dagger: 41}[script])  # both go on from step 40
         assert run(script, tmp_path) == 143
-    assert script.main(["--resume", str(tmp_path / "run")]) == 0
+    assert script.main(["--resume", str(tmp_path / "run"), "--capture-video"]) == 0
     events, table = events_of(tmp_path / "run"), rows(tmp_path / "run")
     tags = ["eval_return_mean", "eval_sampled_return_mean", "train_loss", "distance_from_demonstrations"]
     for tag in tags + ["validation_loss"] * (script is bc):
