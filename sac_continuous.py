@@ -64,6 +64,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 
@@ -1102,6 +1103,20 @@ def mean_of(value: torch.Tensor | float) -> float:
     return torch.as_tensor(value, dtype=torch.float32).mean().item()
 
 
+def log_settings(args: Args, writer: SummaryWriter) -> None:
+    """The settings for TensorBoard's HPARAMS tab, which compares runs by them and their last evaluation return.
+
+    SummaryWriter.add_hparams would make a folder of its own. A setting that is a number in some runs only is written
+    as text in all of them, since the tab allows a column one type.
+    """
+    settings = {
+        field.name: getattr(args, field.name) if field.type in (int, float) else str(getattr(args, field.name))
+        for field in dataclasses.fields(args)
+    }
+    for summary in hparams(settings, {"evaluation/eval_return_mean": math.nan}):
+        writer.file_writer.add_summary(summary)
+
+
 class RunLog:
     """progress.csv, TensorBoard and the progress bar of a run, from its first step or from the one it resumes at."""
 
@@ -1112,6 +1127,7 @@ class RunLog:
         self.csv_path = run_dir / "progress.csv"
         cut_rows(self.csv_path, step)
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
+        log_settings(args, self.tensorboard)
         interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets a line now and then
         self.bar = tqdm(total=args.total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=interval)
         self.shown = {}
