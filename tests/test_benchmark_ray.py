@@ -164,7 +164,7 @@ def test_crashes_and_refusals_on_the_cluster(tmp_path, cluster):
     refused = result.stderr.count("refused   wrong/")
     assert 1 <= refused <= 3 and "unrecognized arguments: --sted-s 1" in result.stderr
     for count in ("6 finished", "6 failed", f"{refused} refused", f"{6 - refused} not started"):
-        assert count in result.stderr.splitlines()[-1]
+        assert count in result.stderr.splitlines()[-1], result.stderr
     assert result.stderr.count("    the dog ate my gradients") == 6
     assert "from step 10" in (tmp_path / "out/grid/once/A-v0__0.log").read_text()
 
