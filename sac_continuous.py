@@ -303,6 +303,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         reason = " ".join(str(error).split())
         raise UserError(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: cannot be made: {reason}") from None
 
+    if render_mode:
+        follow(env)
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         raise UserError(f"--env-id {args.env_id}: observations are {obs_space}; supported are flat Box observations")
@@ -310,6 +312,15 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         raise UserError(f"--env-id {args.env_id}: actions are {action_space}; supported are flat bounded Box actions")
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return env if args.squash else gym.wrappers.ClipAction(env)
+
+
+def follow(env: gym.Env) -> None:
+    """Takes the camera that follows the robot, where a MuJoCo model has one; Gymnasium's own choice stays behind."""
+    if hasattr(env.unwrapped, "mujoco_renderer"):
+        renderer = env.unwrapped.mujoco_renderer
+        renderer.camera_id = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # for frames
+        if renderer.camera_id >= 0:  # for a window
+            renderer.default_cam_config = {"type": mujoco.mjtCamera.mjCAMERA_FIXED, "fixedcamid": renderer.camera_id}
 
 
 class FrameText(gym.Wrapper):
@@ -854,9 +865,6 @@ def evaluate(actor: Actor, envs: list[gym.Env], gamma: float = 1.0, first: int =
 def make_drawn_env(args: Args) -> gym.Env:
     """An environment to record. Raises UserError if nothing can be drawn here."""
     env = FrameText(make_env(args, render_mode="rgb_array"))
-    if hasattr(env.unwrapped, "mujoco_renderer"):  # whose own choice of camera stays behind; -1 is that one
-        camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
-        env.unwrapped.mujoco_renderer.camera_id = camera
     try:
         env.reset()
         env.render()

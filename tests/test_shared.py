@@ -10,9 +10,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = (
     "UserError RunError flag gradient_step check_finite replacing load_file load_policy write_args read_args cut_rows"
 )
-SHARED += (
-    " open_run_dir load_checkpoint main FrameText RealSpeed make_drawn_env record_video print_where_all_is log_settings"
-)
+SHARED += " open_run_dir load_checkpoint main follow FrameText RealSpeed make_drawn_env record_video"
+SHARED += " print_where_all_is log_settings"
 SHARED_BY_TWO = (
     "FIELDS PickledDtype PickledArray ArrayUnpickler PickledExpert join unpickle numbers pickled_array rollout"
 )
