@@ -301,6 +301,9 @@ class RayEngine:
         try:
             return Ended(run, ray.get(reference))
         except (ray.exceptions.RayTaskError, ray.exceptions.OutOfMemoryError) as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ray.exceptions.RayError) and not isinstance(cause, ray.exceptions.RayTaskError):
+                return Ended(run, None, type(cause).__name__)  # the task lost touch with the desk: not its run's fault
             return Ended(run, 1, str(error).strip().splitlines()[-1])
         except ray.exceptions.RayError as error:
             return Ended(run, None, type(error).__name__)

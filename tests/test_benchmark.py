@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = ROOT / "benchmark"
@@ -21,6 +23,7 @@ sys.path.insert(0, str(BENCHMARK))
 for package in ("yaml", "rich", "scipy", "matplotlib"):
     pytest.importorskip(package, reason="pip install -r benchmark/requirements.txt")
 
+import ablation
 import curves
 import driver_cost
 import grid
@@ -532,6 +535,33 @@ def test_an_update_has_sixteen_square_products():
 
     shapes = measure.products_of_update(17, 6, batch=256, hidden=256)
     assert shapes.count((256, 256, 256)) == 16 and len(shapes) == 45
+
+
+@pytest.mark.parametrize("trick", sorted(ablation.UNDONE))
+def test_a_trick_undone_changes_no_number(trick, monkeypatch, tmp_path):
+    path = tmp_path / "undone.py"
+    path.write_text(ablation.undo(trick))
+    spec = importlib.util.spec_from_file_location("undone", path)
+    undone = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "undone", undone)
+    spec.loader.exec_module(undone)
+    losses = []
+    for sac in (sac_continuous, undone):
+        torch.manual_seed(0)
+        agent = sac.Agent(sac.Args(hidden_size=32), 3, 2, torch.device("cpu"))
+        buffer = sac.ReplayBuffer(500, 3, 2, torch.device("cpu"))
+        buffer.rows.normal_()
+        buffer.num_added = len(buffer.rows)
+        for _ in range(20):
+            metrics = agent.update(buffer, 0.0)
+        losses.append([metrics[name].item() for name in ("critic_loss", "actor_loss", "temperature")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_trick_that_is_not_there_is_not_measured(monkeypatch):
+    monkeypatch.setitem(ablation.UNDONE, "magic", [("no such text", "")])
+    with pytest.raises(UserError, match="magic"):
+        ablation.undo("magic")
 
 
 def test_throughput_measures_what_is_there(tmp_path):

@@ -263,3 +263,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, complaint):
     experiment = write_experiment(tmp_path)
     result = run("sweep", experiment, "--out", tmp_path / "out", "--engine", "ray", *arguments, code=2)
     assert complaint in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_task_that_loses_touch_with_the_desk_is_started_again(monkeypatch):
+    import ray_engine
+    from ray.exceptions import ActorUnavailableError, RayTaskError
+
+    for cause, code in ((ActorUnavailableError("gone", None), None), (OSError("disk full"), 1)):
+
+        def fail(reference, cause=cause):
+            raise RayTaskError("train", "the traceback", cause)
+
+        monkeypatch.setattr(ray_engine.ray, "get", fail)
+        assert ray_engine.RayEngine.result(None, None, None).exit_code == code
