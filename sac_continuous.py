@@ -468,7 +468,10 @@ class Actor(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Networks of one shape side by side: layer weights are (num_members, fan_in, fan_out). One scalar output each."""
+    """Networks of one shape with a scalar output each, side by side: one product a layer serves them all.
+
+    Layer weights are (num_members, fan_in, fan_out).
+    """
 
     def __init__(self, num_members: int, in_dim: int, hidden_size: int, num_layers: int, activation: str):
         super().__init__()
@@ -676,6 +679,7 @@ class Agent(nn.Module):
             groups["actor"].append(group("temperature", [self.log_temperature], args.temperature_lr))
         if self.value:
             groups["value"] = [group("value", self.value.parameters(), args.critic_lr)]
+        # fused: one pass over a parameter and its state
         adam = functools.partial(torch.optim.Adam, fused=True, capturable=self.graphs is not None)
         self.optimizers = {name: adam(group) for name, group in groups.items()}
         self.num_critic_updates = 0
