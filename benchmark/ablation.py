@@ -1,18 +1,25 @@
-"""Measures what each trick in sac_continuous.py buys: training steps a second with it and with it undone.
+"""Measures what each trick in sac_continuous.py buys: the time of an update with it and with it undone.
 
 Example:
     python benchmark/ablation.py --threads 1 2 --out ablation.json
 
-A trick is undone in a copy of the script, by putting other text in place of its own. The script as it is and all the
-copies take turns; medians count.
+A trick is undone in a copy of the script, by putting other text in place of its own. Script and copy take turns every
+few updates in one process, so that a machine whose speed drifts is as fast for both; the median of the ratios counts.
 """
 
+import runpy
+import statistics
 import tempfile
+import time
 from pathlib import Path
 
-from errors import UserError, run_main
-from throughput import OURS, SCRIPT, Record, make_parser, measure_into_record, measure_ours, median_of
+from errors import Parser, UserError, run_main
+from grid import ROOT
+from throughput import Record, machine
 
+SCRIPT = ROOT / "sac_continuous.py"
+OBS_DIM, ACTION_DIM = 17, 6  # HalfCheetah-v4
+TURN = 20  # updates
 UNDONE = {
     "one ensemble of critics": [
         (
@@ -70,31 +77,65 @@ def undo(trick: str) -> str:
     return text
 
 
-def measure_all(args, record: Record) -> None:
-    with tempfile.TemporaryDirectory() as copies:
-        scripts = {OURS: SCRIPT}
-        for i, trick in enumerate(UNDONE):
-            scripts[trick] = Path(copies, f"{i}.py")
-            scripts[trick].write_text(undo(trick))
-        for repeat in range(args.repeats):
-            for threads in args.threads:
-                for trick, script in scripts.items():
-                    with tempfile.TemporaryDirectory() as folder:
-                        result = measure_ours(args, threads, Path(folder), {}, script)
-                    record.add({"without": trick, "threads": threads, "repeat": repeat, **result})
+def trainer(script: Path, threads: int):
+    """A function that makes an update, and one that sets PyTorch up as the script does."""
+    import torch
+
+    sac = runpy.run_path(str(script), run_name="sac_continuous")
+    args = sac["Args"](device="cpu", torch_threads=threads)
+    torch.manual_seed(1)
+    agent = sac["Agent"](args, OBS_DIM, ACTION_DIM, torch.device("cpu"))
+    buffer = sac["ReplayBuffer"](100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
+    buffer.rows.normal_()
+    buffer.rows[:, -1] = 0  # terminated
+    buffer.num_added = len(buffer.rows)
+
+    def set_up():
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        sac["set_up_torch"](args)
+
+    return lambda: agent.update(buffer, 0.0), set_up
+
+
+def compare(script: Path, other: Path, threads: int, turns: int) -> tuple[list[float], list[float]]:
+    """Milliseconds an update of each, turn by turn."""
+    trainers = [trainer(path, threads) for path in (script, other)]
+    times = [], []
+    for turn in range(-5, turns):  # the first ones allocate
+        for (update, set_up), result in zip(trainers, times, strict=True):
+            set_up()
+            update()  # the caches are the other's
+            started = time.perf_counter()
+            for _ in range(TURN):
+                update()
+            if turn >= 0:
+                result.append(1000 * (time.perf_counter() - started) / TURN)
+    return times
 
 
 def main() -> None:
-    args = make_parser("Measure what each trick in sac_continuous.py buys.").parse_args()
-    results = measure_into_record(args, measure_all).results
-    print("| Without |", " | ".join(f"{n} thread{'s' * (n > 1)}, steps/s | it buys" for n in args.threads), "|")
-    print("| --- |", " | ".join("---: | ---:" for _ in args.threads), "|")
-    for trick in (OURS, *UNDONE):
-        cells = []
-        for n in args.threads:
-            whole, rate = (median_of(results, "steps_per_s", without=name, threads=n) for name in (OURS, trick))
-            cells.append(f"{rate:.0f} | " + ("" if trick == OURS else f"{whole / rate - 1:+.0%}"))
-        print(f"| {'nothing' if trick == OURS else trick} |", " | ".join(cells), "|")
+    parser = Parser("Measure what each trick in sac_continuous.py buys.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="CPU threads, each count in turn")
+    parser.add_argument("--turns", type=int, default=50, help=f"of {TURN} updates each, per trick")
+    args = parser.parse_args()
+    if args.turns < 1 or not all(1 <= threads <= machine()["cores"] for threads in args.threads):
+        raise UserError(f"--turns {args.turns} --threads {args.threads}: at least 1, and at most a thread a core")
+    record = Record(args.out, {"machine": machine(), "settings": {"threads": args.threads, "turns": args.turns}})
+    with tempfile.TemporaryDirectory() as folder:
+        other = Path(folder, "undone.py")
+        for trick in UNDONE:
+            other.write_text(undo(trick))
+            for threads in args.threads:
+                ours, without = compare(SCRIPT, other, threads, args.turns)
+                ratio = statistics.median(b / a for a, b in zip(ours, without, strict=True))
+                medians = {"ms": statistics.median(ours), "ms_without": statistics.median(without)}
+                record.add({"trick": trick, "threads": threads, **medians, "ratio": ratio})
+    print("| Trick |", " | ".join(f"{n} thread{'s' * (n > 1)}" for n in args.threads), "|")
+    print("| --- |", " | ".join("---:" for _ in args.threads), "|")
+    for trick in UNDONE:
+        ratios = [one["ratio"] for one in record.results if one["trick"] == trick]
+        print(f"| {trick} |", " | ".join(f"{ratio - 1:+.1%}" for ratio in ratios), "|")
 
 
 if __name__ == "__main__":

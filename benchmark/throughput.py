@@ -15,7 +15,6 @@ and peak memory instead, one setting varied at a time; the replay buffer is full
 The JSON file is written after every measurement.
 """
 
-import argparse
 import contextlib
 import csv
 import json
@@ -29,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import training_process
@@ -121,9 +119,7 @@ def cores(count: int) -> set[int]:
     return set(sorted(os.sched_getaffinity(0))[:count])
 
 
-def our_command(
-    args, threads: int, run_dir: Path, settings: dict, windows: int = 1, script: Path = SCRIPT
-) -> tuple[list[str], int]:
+def our_command(args, threads: int, run_dir: Path, settings: dict, windows: int = 1) -> tuple[list[str], int]:
     """Trains for the warm-up and then `windows` times `--steps`. Returns it and the step at which the first begins."""
     learning_starts = settings.get("learning-starts", args.steps - WARM_UP)
     first = args.steps * math.ceil((learning_starts + WARM_UP) / args.steps)
@@ -140,7 +136,7 @@ def our_command(
         "device": args.device,
         "run-dir": run_dir,
     } | settings
-    return [sys.executable, str(script), *to_arguments(settings)], first
+    return [sys.executable, str(SCRIPT), *to_arguments(settings)], first
 
 
 def speeds(run_dir: Path, first: int) -> list[float]:
@@ -151,8 +147,8 @@ def speeds(run_dir: Path, first: int) -> list[float]:
     return [float(row["steps_per_s"]) for row in rows if int(row["step"]) >= first]
 
 
-def measure_ours(args, threads: int, folder: Path, settings: dict, script: Path = SCRIPT) -> dict:
-    command, first = our_command(args, threads, folder / "run", settings, script=script)
+def measure_ours(args, threads: int, folder: Path, settings: dict) -> dict:
+    command, first = our_command(args, threads, folder / "run", settings)
     memory = run(command, folder / "log", threads, args.device)
     return {"steps_per_s": speeds(folder / "run", first)[-1], "peak_memory_bytes": memory}
 
@@ -310,49 +306,20 @@ def cpu_model() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def make_parser(description: str) -> Parser:
-    parser = Parser(description)
+def machine() -> dict:
+    cores = len(os.sched_getaffinity(0))
+    versions = {"python": platform.python_version(), "system": platform.platform()}
+    return {"cpu": cpu_model(), "cores": cores, **versions}
+
+
+def main() -> None:
+    parser = Parser("Measure training steps a second against Stable-Baselines3 and SBX, or how speed and memory scale.")
     parser.add_argument("--out", type=Path, required=True, help="JSON file with every single measurement")
     parser.add_argument("--env-id", default="HalfCheetah-v4", help="environment")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="CPU threads, each count in turn")
     parser.add_argument("--repeats", type=int, default=5, help="of everything")
     parser.add_argument("--steps", type=int, default=3000, help="steps that are timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    return parser
-
-
-def measure_into_record(args, measure_all: Callable[[argparse.Namespace, Record], None]) -> Record:
-    """Checks the arguments of make_parser and measures. Raises UserError."""
-    if args.steps <= WARM_UP:
-        raise UserError(f"--steps {args.steps}: must be above {WARM_UP}, the steps before the clock starts")
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: must be at least 1")
-    available = len(os.sched_getaffinity(0))
-    for threads in args.threads:
-        if not 1 <= threads <= available:
-            raise UserError(f"--threads {threads}: must be between 1 and {available}, the cores of this machine")
-    machine = {
-        "cpu": cpu_model(),
-        "cores": available,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
-    paths = ("out", "sb3_python", "sbx_python")  # mean nothing elsewhere; the peers' versions are in the results
-    settings = {name: value for name, value in vars(args).items() if name not in paths}
-    record = Record(args.out, {"machine": machine, "settings": settings})
-    try:
-        measure_all(args, record)
-    except (UserError, KeyboardInterrupt):
-        if record.results:
-            print(f"what was measured until then is in {args.out}", file=sys.stderr)
-        raise
-    return record
-
-
-def main() -> None:
-    parser = make_parser(
-        "Measure training steps a second against Stable-Baselines3 and SBX, or how speed and memory scale."
-    )
     parser.add_argument("--sb3-python", default=sys.executable, help="interpreter that has Stable-Baselines3")
     parser.add_argument("--sbx-python", default=sys.executable, help="interpreter that has SBX")
     parser.add_argument(
@@ -363,7 +330,23 @@ def main() -> None:
     )
     args = parser.parse_args()
     args.scaling = None if args.scaling is None else parse_scaling(args.scaling)
-    record = measure_into_record(args, compare if args.scaling is None else scale)
+    if args.steps <= WARM_UP:
+        raise UserError(f"--steps {args.steps}: must be above {WARM_UP}, the steps before the clock starts")
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: must be at least 1")
+    available = len(os.sched_getaffinity(0))
+    for threads in args.threads:
+        if not 1 <= threads <= available:
+            raise UserError(f"--threads {threads}: must be between 1 and {available}, the cores of this machine")
+    paths = ("out", "sb3_python", "sbx_python")  # mean nothing elsewhere; the peers' versions are in the results
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
+    record = Record(args.out, {"machine": machine(), "settings": settings})
+    try:
+        (compare if args.scaling is None else scale)(args, record)
+    except (UserError, KeyboardInterrupt):
+        if record.results:
+            print(f"what was measured until then is in {args.out}", file=sys.stderr)
+        raise
     if args.scaling is None:
         print_comparison(record.results, args.threads)
     else:
