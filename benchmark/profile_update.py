@@ -44,8 +44,8 @@ def profile(settings: dict, run_dir: Path) -> tuple[dict[str, float], list[dict]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             runpy.run_path(str(SCRIPT), run_name="__main__")
     except SystemExit as end:
-        if end.code:
-            raise UserError(f"{SCRIPT.name} ended with {end.code}; its message is above") from None
+        if end.code:  # it has said why
+            raise
     finally:
         sys.argv, sys.stdout = argv, stdout
     kind_of = {name: kind for kind, names in KINDS.items() for name in names.split()}

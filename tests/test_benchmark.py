@@ -28,6 +28,7 @@ import curves
 import driver_cost
 import grid
 import plot
+import profile_update
 import throughput
 import training_process
 import transfer
@@ -513,6 +514,9 @@ def test_scores_are_zero_for_random_and_one_for_the_published(tmp_path):
         ("throughput", ["--out", "x", "--steps", "10"], "--steps 10"),
         ("throughput", ["--out", "x", "--steps", "501", "--env-id", "None-v0"], "None-v0"),
         ("throughput", ["--out", "."], "is no file"),
+        ("ablation", ["--out", "x", "--turns", "0"], "--turns 0"),
+        ("profile_update", ["--out", "x", "--steps", "0"], "--steps 0"),
+        ("profile_update", ["--out", "x", "--env-id", "None-v0"], "None-v0"),
         ("throughput", ["--out", "x", "--scaling", "gamma=1"], "no setting 'gamma'"),
         ("throughput", ["--out", "x", "--scaling", "batch-size=64,many"], "whole numbers above 0"),
         ("throughput", ["--out", "x", "--scaling", "batch-size=0"], "whole numbers above 0"),
@@ -556,6 +560,21 @@ def test_a_trick_undone_changes_no_number(trick, monkeypatch, tmp_path):
             metrics = agent.update(buffer, 0.0)
         losses.append([metrics[name].item() for name in ("critic_loss", "actor_loss", "temperature")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_script_against_itself_takes_the_same_time():
+    ours, other = ablation.compare(ablation.SCRIPT, ablation.SCRIPT, threads=1, turns=3)
+    assert len(ours) == len(other) == 3
+    assert 0.3 < sum(ours) / sum(other) < 3
+
+
+def test_the_profile_accounts_for_a_step(tmp_path):
+    result = run("profile_update", "--out", tmp_path / "a.json", "--env-id", "Pendulum-v1", "--steps", 60)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert set(found["update_ms"]) == {*profile_update.KINDS, profile_update.REST}
+    assert all(value > 0 for value in found["update_ms"].values())
+    assert sum(found["update_ms"].values()) + found["acting_and_environment_ms"] < 1.2 * found["step_ms"]
+    assert result.stdout.count("\n| ") == len(profile_update.KINDS) + 4
 
 
 def test_a_trick_that_is_not_there_is_not_measured(monkeypatch):
