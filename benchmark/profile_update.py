@@ -4,7 +4,8 @@ Example:
     python benchmark/profile_update.py --threads 1 --out profile.json
 
 Trains with the profiler on and adds up what each kind of operation took by itself. The profiler's own cost, about a
-microsecond an operation, makes what is not a matrix product look larger than it is.
+microsecond an operation, makes what is not a matrix product look larger than it is. The few operations of acting and of
+the two short evaluations are counted with an update's.
 """
 
 import csv

@@ -308,7 +308,7 @@ def cpu_model() -> str:
 
 def machine() -> dict:
     cores = len(os.sched_getaffinity(0))
-    versions = {"python": platform.python_version(), "system": platform.platform()}
+    versions = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     return {"cpu": cpu_model(), "cores": cores, **versions}
 
 

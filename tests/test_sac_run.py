@@ -242,11 +242,21 @@ BAD_INPUT = [
     ("--video-episodes 3", "--video-episodes 3 and --capture-video False"),
     ("--render", "--render True and --evaluate None"),
     ("--matmul-precision tf32 --device cpu", "--matmul-precision tf32"),
-    ("--no-cuda-graph --device cpu", "--no-cuda-graph --device cpu"),
     ("--resume nosuchfolder", "nosuchfolder"),
     ("--evaluate nosuchfile", "nosuchfile"),
     ("--evaluate nosuchfile --resume nosuchfolder", "--resume and --evaluate"),
 ]
+
+
+def test_a_gpu_is_known_by_its_number(monkeypatch):
+    class OnGpu:
+        device = torch.device("cuda:0")
+
+    chosen = []
+    monkeypatch.setattr(torch, "zeros", lambda size, device: OnGpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
+    assert str(sac.set_up_torch(sac.Args(device="cuda"))) == "cuda:0"
+    assert chosen == [0]
 
 
 @pytest.mark.parametrize(("arguments", "names"), BAD_INPUT)
