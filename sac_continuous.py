@@ -641,9 +641,8 @@ class CudaGraph:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.result = self.function()
             except RuntimeError as error:
-                reason = " ".join(str(error.__context__ or error).split())[
-                    :200
-                ]  # the first error, not the capture's end
+                first_error = error.__context__ or error  # the end of a broken capture fails too
+                reason = " ".join(str(first_error).split())[:200]
                 raise RunError(f"no CUDA graph of the update ({reason}); --no-cuda-graph trains without") from None
         self.graph.replay()
         return self.result

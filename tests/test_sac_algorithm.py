@@ -436,7 +436,7 @@ def test_buffer_before_it_is_full_samples_only_what_it_holds():
 class Tape(TorchDispatchMode):
     """What a CUDA graph does, without a GPU: the operations of one call, done again on the same tensors."""
 
-    def __init__(self, function, generators):
+    def __init__(self, function, generator, stream):
         super().__init__()
         self.function, self.calls, self.operations = function, 0, []
 
