@@ -248,7 +248,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         raise UserError(f"--env-id {args.env_id}: no such environment; {hint}") from None
     except Exception as error:  # an environment's constructor may raise anything
         reason = " ".join(str(error).split())
-        raise UserError(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: cannot be made: {reason}") from None
+        what = f"drawn as {render_mode}" if render_mode else "made"
+        raise UserError(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: cannot be {what}: {reason}") from None
 
     if render_mode:
         follow(env)
