@@ -612,43 +612,6 @@ def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-class CudaGraph:
-    """A function without arguments: called as it is a few times, then captured and replayed as one CUDA graph.
-
-    A replay launches all its kernels at once. It reads and writes the same tensors as the call that was captured, so
-    whatever changes from one call to the next must be in a tensor that stays where it is.
-    """
-
-    EAGER_CALLS = 3  # in which optimisers and libraries allocate what they keep
-
-    def __init__(self, function: Callable, generator: torch.Generator, stream: torch.cuda.Stream):
-        """generator: the one that the function draws from; stream: where it runs until it is captured."""
-        self.function, self.generator, self.stream = function, generator, stream
-        self.calls, self.graph = 0, None
-
-    def __call__(self):
-        """What the function returned; after the capture always the same tensors, filled anew."""
-        self.calls += 1
-        if self.calls <= self.EAGER_CALLS:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.function()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(self.generator)
-            try:
-                with torch.cuda.graph(self.graph, stream=self.stream):
-                    self.result = self.function()
-            except RuntimeError as error:
-                first_error = error.__context__ or error  # the end of a broken capture fails too
-                reason = " ".join(str(first_error).split())[:200]
-                raise RunError(f"no CUDA graph of the update ({reason}); --no-cuda-graph trains without") from None
-        self.graph.replay()
-        return self.result
-
-
 class Agent(nn.Module):
     """The networks, their optimisers, and one training step."""
 
@@ -1061,6 +1024,43 @@ def load_checkpoint(run_dir: Path) -> dict | None:
 # ------------------------------------------------------------------------------------------------------- training
 
 
+class CudaGraph:
+    """A function without arguments: called as it is a few times, then captured and replayed as one CUDA graph.
+
+    A replay launches all its kernels at once. It reads and writes the same tensors as the call that was captured, so
+    whatever changes from one call to the next must be in a tensor that stays where it is.
+    """
+
+    EAGER_CALLS = 3  # in which optimisers and libraries allocate what they keep
+
+    def __init__(self, function: Callable, generator: torch.Generator, stream: torch.cuda.Stream):
+        """generator: the one that the function draws from; stream: where it runs until it is captured."""
+        self.function, self.generator, self.stream = function, generator, stream
+        self.calls, self.graph = 0, None
+
+    def __call__(self):
+        """What the function returned; after the capture always the same tensors, filled anew."""
+        self.calls += 1
+        if self.calls <= self.EAGER_CALLS:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.result = self.function()
+            except RuntimeError as error:
+                first_error = error.__context__ or error  # the end of a broken capture fails too
+                reason = " ".join(str(first_error).split())[:200]
+                raise RunError(f"no CUDA graph of the update ({reason}); --no-cuda-graph trains without") from None
+        self.graph.replay()
+        return self.result
+
+
 def set_up_torch(args: Args) -> torch.device:
     """Threads, device and precision of matrix products. Raises UserError for what this machine does not have."""
     if args.torch_threads:
@@ -1160,6 +1160,8 @@ class RunLog:
         self.scalars("learning", metrics | agent.gradient_norms(), step)
         if metrics:
             self.scalars("learning", {"q_values_std": metrics["q_values"].std()}, step)
+        if agent.learned_temperature:
+            self.scalars("learning", {"target_entropy": agent.target_entropy}, step)
         self.scalars("speed", {"steps_per_s": self.steps_per_s(step)}, step)
 
     def evaluation(self, step: int, result: dict, metrics: dict, q_mean: float, steps_per_s: float) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import fnmatch
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from imitation import hparams_table
 from moviepy import VideoFileClip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -437,6 +439,25 @@ def test_recording_changes_nothing_and_makes_videos(tmp_path, capsys):
 
     assert sac.main(["--evaluate", str(tmp_path / "plain"), "--eval-episodes", "1", "--capture-video"]) == 0
     assert (tmp_path / "plain" / "videos" / "evaluate-0-episode-0.mp4").stat().st_size > 1000
+
+
+def test_tensorboard_has_what_the_readme_explains_and_the_settings(tmp_path):
+    assert run(tmp_path, f"--env-id envs:Drawn-v0 {SMALL} --tau 0.01") == 0
+    tags = EventAccumulator(str(tmp_path / "run")).Reload().Tags()["scalars"]
+    table = (ROOT / "README.md").read_text().split("## When it does not learn")[1].split("A healthy run on")[0]
+    explained = []
+    for first_column in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE):
+        names = re.findall(r"`([^`]+)`", first_column)
+        group = names[0].split("/")[0]
+        explained += [name if "/" in name else f"{group}/{name}" for name in names]
+    assert len(explained) >= 12
+    for pattern in explained:
+        assert fnmatch.filter(tags, pattern), pattern
+    types, metrics, table = hparams_table(tmp_path)
+    [(settings, (last_return, step))] = table.values()
+    assert settings["tau"] == 0.01 and settings["temperature"] == "auto" and types["tau"] == "DATA_TYPE_FLOAT64"
+    assert metrics == ["evaluation/eval_return_mean"] and step == 120
+    assert last_return == pytest.approx(float(rows(tmp_path / "run")[-1]["eval_return_mean"]), rel=1e-6)
 
 
 def test_each_frame_carries_step_reward_and_return():
