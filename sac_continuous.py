@@ -91,6 +91,8 @@ class Args:
     """CPU threads for PyTorch; 0 leaves its default"""
     matmul_precision: Literal["exact", "bf16", "tf32"] = "exact"
     """of matrix products; bf16: CPUs with AMX, tf32: NVIDIA GPUs"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """on a CPU: compile the update to C++; auto: in runs of 100,000 steps or more"""
     cuda_graph: bool = True
     """on a GPU: replay the whole update as one CUDA graph"""
 
@@ -167,7 +169,7 @@ class Args:
 
 # What --resume may change, and what --evaluate listens to.
 RESUME_MAY_CHANGE = {"resume", "total_steps", "eval_every", "eval_episodes", "device", "torch_threads"}
-RESUME_MAY_CHANGE |= {"capture_video", "video_every", "video_episodes", "cuda_graph"}
+RESUME_MAY_CHANGE |= {"capture_video", "video_every", "video_episodes", "compile", "cuda_graph"}
 EVALUATE_USES = {"evaluate", "env_id", "env_kwargs", "max_episode_steps", "eval_episodes", "device", "torch_threads"}
 EVALUATE_USES |= {"matmul_precision", "capture_video", "video_episodes", "render"}
 
@@ -598,14 +600,6 @@ def temperature_loss(log_temperature: torch.Tensor, log_prob: torch.Tensor, targ
 # ---------------------------------------------------------------------------------------------------------- agent
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """Differentiates for this optimiser's parameters alone: no other network sees a gradient."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-
-
 @torch.no_grad()
 def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau online."""
@@ -647,6 +641,15 @@ class Agent(nn.Module):
         self.optimizers = {  # fused: one pass over a parameter and its state
             name: torch.optim.Adam(of_one, fused=True, capturable=self.graphs is not None)
             for name, of_one in groups.items()
+        }
+        self.parameters_of = {
+            name: [parameter for group in of_one for parameter in group["params"]] for name, of_one in groups.items()
+        }
+        self.compiler = Compiler(args.compile == "on")
+        self.gradients_of = {
+            "critic": self.compiler(self.critic_gradients),
+            "value": self.compiler(self.value_gradients),
+            "actor": self.compiler(self.actor_gradients),
         }
         self.num_critic_updates = 0
         self.gradients = {}
@@ -719,43 +722,66 @@ class Agent(nn.Module):
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def update_critics(self, obs, action, reward, next_obs, terminated) -> dict[str, torch.Tensor]:
+        """A step of the critics, one of the value network if there is one, and the targets' move."""
         args, kind = self.args, self.args.critic_backup
-        entropy_weight = self.temperature if args.backup_entropy else 0.0
-        with torch.no_grad():
-            if kind == "value":
-                next_value = self.target(next_obs)  # (1, batch)
-            else:
-                next_action, next_log_prob = self.actor.sample(next_obs, self.random(torch.randn, *action.shape))
-                next_q = self.target(next_obs, next_action)  # (num_critics, batch)
-                if kind == "redq":  # a random pair of the critics (Chen et al. 2021, algorithm 1)
-                    next_q = next_q[self.random(torch.rand, args.num_critics).topk(2).indices]
-                next_q = backup(next_q, kind)  # (1, batch); (num_critics, batch) for double-q
-                next_value = soft_value(next_q, next_log_prob, entropy_weight)
-            target = critic_target(reward, terminated, next_value, args.gamma)
-        q = self.critic(obs, action)  # (num_critics, batch)
-        loss = critic_loss(q, target)
-        gradient_step(self.optimizers["critic"], loss)
-        metrics = {"critic_loss": loss.detach(), "q_values": q.detach(), "target_values": target}
-
-        if kind == "value":  # V(s) regresses on min_j Q_j(s, a) - temperature log pi(a|s) (2018a, eq. 5)
-            with torch.no_grad():
-                sampled, log_prob = self.actor.sample(obs, self.random(torch.randn, *action.shape))
-                target = soft_value(backup(self.critic(obs, sampled), kind), log_prob, entropy_weight)
-            loss = critic_loss(self.value(obs), target)
-            gradient_step(self.optimizers["value"], loss)
-            metrics["value_loss"] = loss.detach()
-
+        noise = None if kind == "value" else self.random(torch.randn, *action.shape)
+        # A random pair of the critics (Chen et al. 2021, algorithm 1).
+        pair = self.random(torch.rand, args.num_critics).topk(2).indices if kind == "redq" else None
+        metrics = self.step("critic", obs, action, reward, next_obs, terminated, noise, pair)
+        if kind == "value":
+            metrics |= self.step("value", obs, self.random(torch.randn, *action.shape))
         self.num_critic_updates += 1
         if self.num_critic_updates % args.target_update_period == 0:
             move_target(self.target, self.online, args.tau)
         return metrics
 
     def update_actor(self, obs) -> dict[str, torch.Tensor]:
+        """A step of the actor and, if it is learned, of the temperature."""
+        samples = self.args.num_actor_samples * len(obs)
+        return self.step("actor", obs, self.random(torch.randn, samples, self.action_dim))
+
+    def step(self, name: str, *inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """A step of one optimiser. Returns what is logged."""
+        gradients, metrics = self.gradients_of[name](*inputs)
+        for parameter, gradient in zip(self.parameters_of[name], gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizers[name].step()
+        return metrics
+
+    # What follows changes nothing and draws nothing. Each loss is differentiated for its own parameters alone: no other
+    # network sees a gradient.
+
+    def critic_gradients(self, obs, action, reward, next_obs, terminated, noise, pair) -> tuple[tuple, dict]:
+        args, kind = self.args, self.args.critic_backup
+        entropy_weight = self.temperature if args.backup_entropy else 0.0
+        with torch.no_grad():
+            if kind == "value":
+                next_value = self.target(next_obs)  # (1, batch)
+            else:
+                next_action, next_log_prob = self.actor.sample(next_obs, noise)
+                next_q = self.target(next_obs, next_action)  # (num_critics, batch)
+                next_q = backup(next_q if pair is None else next_q[pair], kind)  # (1, batch); all for double-q
+                next_value = soft_value(next_q, next_log_prob, entropy_weight)
+            target = critic_target(reward, terminated, next_value, args.gamma)
+        q = self.critic(obs, action)  # (num_critics, batch)
+        loss = critic_loss(q, target)
+        metrics = {"critic_loss": loss.detach(), "q_values": q.detach(), "target_values": target}
+        return torch.autograd.grad(loss, self.parameters_of["critic"]), metrics
+
+    def value_gradients(self, obs, noise) -> tuple[tuple, dict]:
+        """V(s) regresses on min_j Q_j(s, a) - temperature log pi(a|s) (2018a, eq. 5)."""
+        entropy_weight = self.temperature if self.args.backup_entropy else 0.0
+        with torch.no_grad():
+            action, log_prob = self.actor.sample(obs, noise)
+            target = soft_value(backup(self.critic(obs, action), "value"), log_prob, entropy_weight)
+        loss = critic_loss(self.value(obs), target)
+        return torch.autograd.grad(loss, self.parameters_of["value"]), {"value_loss": loss.detach()}
+
+    def actor_gradients(self, obs, noise) -> tuple[tuple, dict]:
         args = self.args
         obs, mean, log_std = (  # (samples * batch, ...), copied only for several samples
             x.expand(args.num_actor_samples, -1, -1).flatten(0, 1) for x in (obs, *self.actor(obs))
         )
-        noise = self.random(torch.randn, *mean.shape)
         u = mean + log_std.exp() * noise
         action, log_prob = self.actor.to_action(u), self.actor.log_prob(u, noise, log_std)
         temperature = self.temperature
@@ -771,9 +797,9 @@ class Agent(nn.Module):
         log_prob, both = log_prob.detach(), loss
         if self.learned_temperature:  # the two losses share no parameter, so that one step can take both
             both = loss + temperature_loss(self.log_temperature, log_prob, self.target_entropy)
-        gradient_step(self.optimizers["actor"], both)
         metrics = {"actor_loss": loss.detach(), "entropy": -log_prob, "temperature": temperature}
-        return metrics | {"policy_std": log_std.detach().exp(), "action_saturation": action.detach().abs() > 0.99}
+        metrics |= {"policy_std": log_std.detach().exp(), "action_saturation": action.detach().abs() > 0.99}
+        return torch.autograd.grad(both, self.parameters_of["actor"]), metrics
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
         """Of the last update, by network."""
@@ -1024,6 +1050,50 @@ def load_checkpoint(run_dir: Path) -> dict | None:
 # ------------------------------------------------------------------------------------------------------- training
 
 
+class Compiler:
+    """Makes C++ of functions, by torch.compile, when they are first called; from the first failure on, of none.
+
+    Such a function has no effects, and inputs of the same shapes at every call.
+    """
+
+    def __init__(self, works: bool):
+        self.works = works
+
+    def __call__(self, function: Callable) -> Callable:
+        chosen = None
+
+        def call(*inputs):
+            nonlocal chosen
+            chosen = chosen or self.compile(function, inputs)
+            return chosen(*inputs)
+
+        return call
+
+    def compile(self, function: Callable, inputs: tuple) -> Callable:
+        """Returns the compiled function, or the function itself."""
+        if not self.works:
+            return function
+        import torch._dynamo.config  # takes as long as all of PyTorch: not in a run that does without
+        import torch._inductor.config
+
+        torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to what is compiled
+        torch._inductor.config.compile_threads = 1  # no processes of its own
+        compiled = torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+        # Ctrl-C waits: the C++ compiler, which would get it too, would end, and the run go on with other rounding.
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            compiled(*inputs)
+            return compiled
+        except Exception as error:  # no compiler, no room for its files, an operation that it does not know
+            reason = str(error).partition("\n")[0][:200]
+            hint = "it needs a C++ compiler and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev)"
+            tqdm.write(f"warning: the update is not compiled, and slower ({reason}); {hint}", file=sys.stderr)
+            self.works = False
+            return function
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+
+
 class CudaGraph:
     """A function without arguments: called as it is a few times, then captured and replayed as one CUDA graph.
 
@@ -1229,6 +1299,11 @@ def train(args: Args) -> int:
     """One run, from its first step or from its checkpoint to its last. Returns the exit code."""
     stop = StopSignal()
     device = set_up_torch(args)
+    can_compile = device.type == "cpu" and os.name == "posix"
+    if args.compile == "on" and not can_compile:
+        raise UserError(f"--compile on --device {device}: compiled is for a CPU under Linux or macOS; leave one out")
+    if args.compile == "auto":
+        args = dataclasses.replace(args, compile="on" if can_compile and args.total_steps >= 100_000 else "off")
     env = TrainingEnv(args)
     eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
     obs_dim, action_dim = env.env.observation_space.shape[0], env.env.action_space.shape[0]
@@ -1248,10 +1323,14 @@ def train(args: Args) -> int:
     continue_with = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
     first_step, saved_log = 0, None
     checkpoint = load_checkpoint(run_dir) if args.resume else None
-    arithmetic = f"--device {device} with {torch.get_num_threads()} threads"
+
+    def arithmetic() -> str:
+        compiled = ", compiled" if agent.compiler.works else ""
+        return f"--device {device} with {torch.get_num_threads()} threads{compiled}"
+
     if checkpoint:
-        if checkpoint.get("arithmetic") != arithmetic:
-            change = f"{checkpoint.get('arithmetic')} before, {arithmetic} now"
+        if checkpoint.get("arithmetic") != arithmetic():
+            change = f"{checkpoint.get('arithmetic')} before, {arithmetic()} now"
             print(f"warning: {change}: results will differ in the last bits", file=sys.stderr)
         try:
             first_step, saved_log = checkpoint["step"], checkpoint["log"]
@@ -1302,7 +1381,7 @@ def train(args: Args) -> int:
             if done % args.checkpoint_every == 0 or last or stop.number:
                 check_finite(step, **metrics, **dict(agent.named_parameters()))
                 parts = {"env": env.checkpoint(), "agent": agent.checkpoint(), "buffer": buffer.checkpoint()}
-                parts |= {"step": done, "log": log.checkpoint(), "arithmetic": arithmetic}
+                parts |= {"step": done, "log": log.checkpoint(), "arithmetic": arithmetic()}
                 with replacing(run_dir / "checkpoint.pt", keep_previous=True) as file:
                     torch.save({"format": CHECKPOINT_FORMAT, **parts}, file)
             if stop.number and not last:

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = (
-    "UserError RunError flag gradient_step check_finite replacing load_file load_policy write_args read_args cut_rows"
-)
+SHARED = "UserError RunError flag check_finite replacing load_file load_policy write_args read_args cut_rows"
 SHARED += " open_run_dir load_checkpoint main follow FrameText RealSpeed make_drawn_env record_video"
 SHARED += " print_where_all_is log_settings"
 SHARED_BY_TWO = (
@@ -18,7 +16,7 @@ SHARED_BY_TWO = (
 SHARED_BY_TWO += (
     " read_pickle check_sizes demonstrate stream nll_loss mse_loss bc_loss policy_of evaluate make_env Actor"
 )
-SHARED_BY_TWO += " set_up_torch evaluate_policy action_scale some_of distance_from_demonstrations"
+SHARED_BY_TWO += " gradient_step set_up_torch evaluate_policy action_scale some_of distance_from_demonstrations"
 
 
 @functools.cache

@@ -1,0 +1,125 @@
+"""sac_continuous.py with its update compiled to C++."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from fault_campaign import differences
+from test_sac_algorithm import make_agent, make_batch
+from test_sac_resume import LONG, resume, stopped_run
+from test_sac_run import run, same_policy, start
+
+import sac_continuous as sac
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.0, "num_critics": 1, "critic_backup": "mean", "num_layers": 1, "activation": "silu"},
+        {"temperature": 0.3, "backup_entropy": False, "critic_backup": "double-q", "actor_std": "shared"},
+        {"critic_backup": "redq", "num_critics": 4, "actor_gradient": "reinforce", "num_actor_samples": 3},
+        {"critic_backup": "value", "squash": False, "activation": "leaky-relu"},
+    ],
+)
+def test_compiled_gradients_are_the_plain_ones(settings):
+    plain, compiled = make_agent(**settings), make_agent(compile="on", **settings)
+    torch.manual_seed(2)
+    obs, action, *rest = make_batch()
+    noise = torch.randn(len(obs), 2)
+    pair = torch.tensor([3, 1]) if settings.get("critic_backup") == "redq" else None
+    inputs = {"critic": (obs, action, *rest, noise, pair), "value": (obs, noise)}
+    inputs["actor"] = obs, torch.randn(plain.args.num_actor_samples * len(obs), 2)
+    for name in plain.optimizers:
+        (expected, metrics), (found, other_metrics) = (
+            agent.gradients_of[name](*inputs[name]) for agent in (plain, compiled)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+    assert compiled.compiler.works
+    called = set()
+    sys.setprofile(lambda frame, event, argument: called.add(frame.f_code.co_name))
+    for name in plain.optimizers:
+        compiled.gradients_of[name](*inputs[name])
+    sys.setprofile(None)
+    assert "call" in called and not called & {"critic_loss", "actor_objective"}, called
+
+
+def test_stopped_and_resumed_is_the_run_that_never_stopped(tmp_path, monkeypatch, capsys):
+    arguments = f"{LONG} --compile on"
+    run(tmp_path, arguments, "whole")
+    stopped_run(tmp_path, monkeypatch, arguments, 61)
+    assert resume(tmp_path) == 0
+    assert differences(tmp_path / "stopped", tmp_path / "whole") == []
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_uncompiled_from_somewhere_on_is_said(tmp_path, monkeypatch, capsys):
+    stopped_run(tmp_path, monkeypatch, f"{LONG} --compile on", 61)
+    assert resume(tmp_path, "stopped", "--compile", "off") == 0
+    assert "1 threads, compiled before, --device cpu with 1 threads now: results will differ" in capsys.readouterr().err
+
+
+def compiler_script(tmp_path, *lines):
+    """The environment of a process whose C++ compiler is a script, in Python since shells meddle with signals."""
+    script = tmp_path / "compiler"
+    script.write_text("\n".join([f"#!{sys.executable}", "import os, pathlib, sys, time", *lines]) + "\n")
+    script.chmod(0o755)
+    return {"CXX": str(script), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+
+def test_without_a_compiler_it_is_said_once_and_trains_all_the_same(tmp_path, monkeypatch):
+    for name, value in compiler_script(tmp_path, "sys.exit('no standard library')").items():
+        monkeypatch.setenv(name, value)
+    out, err = start(f"{LONG} --compile on --run-dir broken", tmp_path).communicate(timeout=100)
+    assert err.count("warning: the update is not compiled") == 1 and "g++" in err
+    assert "Traceback" not in err and "evaluation return" in out
+    assert run(tmp_path, f"{LONG} --compile off", "plain") == 0
+    assert same_policy(tmp_path / "broken", tmp_path / "plain")
+    saved = torch.load(tmp_path / "broken/checkpoint.pt", weights_only=True)["arithmetic"]
+    assert saved == "--device cpu with 1 threads"
+
+
+def test_ctrl_c_while_it_compiles_changes_no_result(tmp_path, monkeypatch):
+    marker = tmp_path / "compiling"
+    lines = [
+        "if any('.main.cpp' in argument for argument in sys.argv):",
+        f"    pathlib.Path({str(marker)!r}).touch()",
+        "    time.sleep(0.5)",
+        "os.execvp('c++', ['c++', *sys.argv[1:]])",
+    ]
+    for name, value in compiler_script(tmp_path, *lines).items():
+        monkeypatch.setenv(name, value)
+    process = start(f"{LONG} --compile on --run-dir stopped", tmp_path, start_new_session=True)
+    deadline = time.time() + 100
+    while not marker.exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and "everything is saved" in out and "warning" not in err
+    assert resume(tmp_path) == 0
+    run(tmp_path, f"{LONG} --compile on", "whole")
+    assert differences(tmp_path / "stopped", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize(("total_steps", "resolved"), [(100_000, "on"), (99_999, "off")])
+def test_auto_compiles_long_runs(tmp_path, monkeypatch, total_steps, resolved):
+    arguments = f"{LONG} --compile auto --total-steps {total_steps}"
+    stopped_run(tmp_path, monkeypatch, arguments, 10)
+    assert json.loads((tmp_path / "stopped/args.json").read_text())["compile"] == resolved
+
+
+def test_only_for_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sac, "set_up_torch", lambda args: torch.device("cuda", 0))
+    assert run(tmp_path, f"{LONG} --compile on") == 2
+    assert "--compile on --device cuda:0" in capsys.readouterr().err
