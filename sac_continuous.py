@@ -91,7 +91,7 @@ class Args:
     """CPU threads for PyTorch; 0 leaves its default"""
     matmul_precision: Literal["exact", "bf16", "tf32"] = "exact"
     """of matrix products; bf16: CPUs with AMX, tf32: NVIDIA GPUs"""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
     """on a CPU: compile the update to C++; auto: in runs of 100,000 steps or more"""
     cuda_graph: bool = True
     """on a GPU: replay the whole update as one CUDA graph"""
@@ -645,7 +645,7 @@ class Agent(nn.Module):
         self.parameters_of = {
             name: [parameter for group in of_one for parameter in group["params"]] for name, of_one in groups.items()
         }
-        self.compiler = Compiler(args.compile == "on")
+        self.compiler = Compiler(args.compile == "always")
         self.gradients_of = {
             "critic": self.compiler(self.critic_gradients),
             "value": self.compiler(self.value_gradients),
@@ -1300,10 +1300,12 @@ def train(args: Args) -> int:
     stop = StopSignal()
     device = set_up_torch(args)
     can_compile = device.type == "cpu" and os.name == "posix"
-    if args.compile == "on" and not can_compile:
-        raise UserError(f"--compile on --device {device}: compiled is for a CPU under Linux or macOS; leave one out")
+    if args.compile == "always" and not can_compile:
+        raise UserError(
+            f"--compile always --device {device}: compiled is for a CPU under Linux or macOS; leave one out"
+        )
     if args.compile == "auto":
-        args = dataclasses.replace(args, compile="on" if can_compile and args.total_steps >= 100_000 else "off")
+        args = dataclasses.replace(args, compile="always" if can_compile and args.total_steps >= 100_000 else "never")
     env = TrainingEnv(args)
     eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
     obs_dim, action_dim = env.env.observation_space.shape[0], env.env.action_space.shape[0]

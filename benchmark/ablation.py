@@ -5,7 +5,8 @@ Example:
 
 A trick is undone in a copy of the script, by putting other text in place of its own. Script and copy take turns every
 few updates in one process, so that a machine whose speed drifts is as fast for both; the median of the ratios counts.
-(Adam that is not fused reads its learning rate out of a tensor at every parameter, which is part of its cost here.)
+Each trick is measured in the compiled update and in the plain one. (Adam that is not fused reads its learning rate out
+of a tensor at every parameter, which is part of its cost here.)
 """
 
 import runpy
@@ -21,6 +22,7 @@ from throughput import Record, machine
 SCRIPT = ROOT / "sac_continuous.py"
 OBS_DIM, ACTION_DIM = 17, 6  # HalfCheetah-v4
 TURN = 20  # updates
+COMPILED = "compiled to C++"
 UNDONE = {
     "one ensemble of critics": [
         (
@@ -29,11 +31,15 @@ UNDONE = {
         )
     ],
     "gradients of the parameters at hand alone": [
+        ('torch.autograd.grad(loss, self.parameters_of["critic"])', 'backward(loss, self.parameters_of["critic"])'),
+        ('torch.autograd.grad(both, self.parameters_of["actor"])', 'backward(both, self.parameters_of["actor"])'),
         (
-            "for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):\n"
-            "        parameter.grad = gradient",
-            "for parameter in parameters:\n        parameter.grad = None\n    loss.backward()",
-        )
+            "@torch.no_grad()\ndef move_target(",
+            "def backward(loss, parameters):\n"
+            "    for parameter in parameters:\n        parameter.grad = None\n"
+            "    loss.backward()\n    return [parameter.grad for parameter in parameters]\n\n\n"
+            "@torch.no_grad()\ndef move_target(",
+        ),
     ],
     "fused Adam": [("fused=True, ", "")],
     "one pass over all targets": [
@@ -47,8 +53,9 @@ UNDONE = {
         ("args.temperature_lr))", "args.temperature_lr),)"),
         (
             "both = loss + temperature_loss(self.log_temperature, log_prob, self.target_entropy)",
-            "gradient_step(self.optimizers['temperature'],"
-            " temperature_loss(self.log_temperature, log_prob, self.target_entropy))",
+            "(self.log_temperature.grad,) = torch.autograd.grad("
+            "temperature_loss(self.log_temperature, log_prob, self.target_entropy), self.log_temperature)\n"
+            "            self.optimizers['temperature'].step()",
         ),
     ],
     "ReLU in place": [("functools.partial(nn.ReLU, inplace=True)", "nn.ReLU")],
@@ -78,40 +85,58 @@ def undo(trick: str) -> str:
     return text
 
 
-def trainer(script: Path, threads: int):
-    """A function that makes an update, and one that sets PyTorch up as the script does."""
-    import torch
+class Trainer:
+    """An agent of a script, which updates itself on random data."""
 
-    sac = runpy.run_path(str(script), run_name="sac_continuous")
-    args = sac["Args"](device="cpu", torch_threads=threads)
-    torch.manual_seed(1)
-    agent = sac["Agent"](args, OBS_DIM, ACTION_DIM, torch.device("cpu"))
-    buffer = sac["ReplayBuffer"](100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
-    buffer.rows.normal_()
-    buffer.rows[:, -1] = 0  # terminated
-    buffer.num_added = len(buffer.rows)
+    def __init__(self, script: Path, threads: int, compiled: bool):
+        import torch
 
-    def set_up():
+        self.sac = runpy.run_path(str(script), run_name="sac_continuous")
+        self.args = self.sac["Args"](device="cpu", torch_threads=threads, compile="always" if compiled else "never")
+        torch.manual_seed(1)
+        self.agent = self.sac["Agent"](self.args, OBS_DIM, ACTION_DIM, torch.device("cpu"))
+        self.buffer = self.sac["ReplayBuffer"](100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
+        self.buffer.rows.normal_()
+        self.buffer.rows[:, -1] = 0  # terminated
+        self.buffer.num_added = len(self.buffer.rows)
+
+    def set_up(self) -> None:
+        """PyTorch as the script sets it up."""
+        import torch
+
         torch.backends.mkldnn.matmul.fp32_precision = "none"
-        sac["set_up_torch"](args)
+        self.sac["set_up_torch"](self.args)
 
-    return lambda: agent.update(buffer, 0.0), set_up
+    def update(self) -> None:
+        self.agent.update(self.buffer, 0.0)
 
 
-def compare(script: Path, other: Path, threads: int, turns: int) -> tuple[list[float], list[float]]:
+def compare(trainers: list[Trainer], turns: int) -> list[list[float]]:
     """Milliseconds an update of each, turn by turn."""
-    trainers = [trainer(path, threads) for path in (script, other)]
-    times = [], []
-    for turn in range(-5, turns):  # the first ones allocate
-        for (update, set_up), result in zip(trainers, times, strict=True):
-            set_up()
-            update()  # the caches are the other's
+    times = [[] for _ in trainers]
+    for turn in range(-5, turns):  # the first ones compile and allocate
+        for trainer, result in zip(trainers, times, strict=True):
+            trainer.set_up()
+            trainer.update()  # the caches are the other's
             started = time.perf_counter()
             for _ in range(TURN):
-                update()
+                trainer.update()
             if turn >= 0:
                 result.append(1000 * (time.perf_counter() - started) / TURN)
     return times
+
+
+def measure(trick: str, other: Path, threads: int, compiled: bool, turns: int) -> dict:
+    """What the trick buys, or that the update without it cannot be compiled."""
+    without = Trainer(SCRIPT, threads, False) if trick == COMPILED else Trainer(other, threads, compiled)
+    trainers = [Trainer(SCRIPT, threads, compiled), without]
+    times = compare(trainers, turns)
+    what = {"trick": trick, "threads": threads, "compiled": compiled}
+    if compiled and trick != COMPILED and not without.agent.compiler.works:
+        return what | {"ratio": None}
+    ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+    ms, ms_without = (statistics.median(one) for one in times)
+    return what | {"ms": ms, "ms_without": ms_without, "ratio": ratio}
 
 
 def main() -> None:
@@ -125,18 +150,19 @@ def main() -> None:
     record = Record(args.out, {"machine": machine(), "settings": {"threads": args.threads, "turns": args.turns}})
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder, "undone.py")
-        for trick in UNDONE:
-            other.write_text(undo(trick))
+        for trick in (COMPILED, *UNDONE):
+            if trick != COMPILED:
+                other.write_text(undo(trick))
             for threads in args.threads:
-                ours, without = compare(SCRIPT, other, threads, args.turns)
-                ratio = statistics.median(b / a for a, b in zip(ours, without, strict=True))
-                medians = {"ms": statistics.median(ours), "ms_without": statistics.median(without)}
-                record.add({"trick": trick, "threads": threads, **medians, "ratio": ratio})
-    print("| Trick |", " | ".join(f"{n} thread{'s' * (n > 1)}" for n in args.threads), "|")
-    print("| --- |", " | ".join("---:" for _ in args.threads), "|")
-    for trick in UNDONE:
-        ratios = [one["ratio"] for one in record.results if one["trick"] == trick]
-        print(f"| {trick} |", " | ".join(f"{ratio - 1:+.1%}" for ratio in ratios), "|")
+                for compiled in (True, False)[: 1 if trick == COMPILED else 2]:
+                    record.add(measure(trick, other, threads, compiled, args.turns))
+    columns = [(threads, compiled) for threads in args.threads for compiled in (True, False)]
+    names = [f"{n} thread{'s' * (n > 1)}, {'compiled' if compiled else 'plain'}" for n, compiled in columns]
+    print("| Trick |", " | ".join(names), "|\n| --- |", " | ".join("---:" for _ in columns), "|")
+    ratios = {(one["trick"], one["threads"], one["compiled"]): one["ratio"] for one in record.results}
+    for trick in (COMPILED, *UNDONE):
+        cells = [ratios.get((trick, *column)) for column in columns]
+        print(f"| {trick} |", " | ".join(f"{ratio - 1:+.1%}" if ratio else "" for ratio in cells), "|")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ Example:
 
 All programs take turns, so that a machine whose speed drifts is as fast for each; medians and ratios count. Each
 process may run on as many cores as it has threads and no more. Every program trains on the same environment with
-batches of 256, two hidden layers of 256, two critics and one update a step. Where there is more than one thread, this
-project is measured once more as a sweep runs it: one process of one thread on each core, their speeds added up. The
+batches of 256, two hidden layers of 256, two critics and one update a step. This project is compiled, as its runs of
+the default length are (on a GPU: captured as a CUDA graph), and measured once more without. Where there is more than
+one thread, it is also measured as a sweep runs it: one process of one thread on each core, their speeds added up. The
 floor is the time of the matrix products that such an update consists of, alone. --scaling measures this project's speed
 and peak memory instead, one setting varied at a time; the replay buffer is full when it is measured.
 
@@ -36,7 +37,8 @@ from grid import ROOT, to_arguments
 
 SCRIPT = ROOT / "sac_continuous.py"
 MEASURE = Path(__file__).with_name("measure.py")
-OURS, SWEEP, FLOOR = "this project", "this project, a process a core", "matrix products alone"
+OURS, PLAIN, SWEEP = "this project", "this project, as plain PyTorch", "this project, a process a core"
+FLOOR = "matrix products alone"
 PEERS = {"Stable-Baselines3": "stable_baselines3", "SBX": "sbx"}
 WARM_UP = 500  # updates before the clock starts: compilers and caches
 POLL_S = 0.1
@@ -134,6 +136,7 @@ def our_command(args, threads: int, run_dir: Path, settings: dict, windows: int 
         "checkpoint-every": total,
         "torch-threads": threads,
         "device": args.device,
+        "compile": "always" if args.device == "cpu" else "never",
         "run-dir": run_dir,
     } | settings
     return [sys.executable, str(SCRIPT), *to_arguments(settings)], first
@@ -194,6 +197,8 @@ def measure(args, program: str, threads: int, folder: Path) -> dict:
     """One measurement. Raises Missing if its package is not there."""
     if program == OURS:
         return measure_ours(args, threads, folder, {})
+    if program == PLAIN:
+        return measure_ours(args, threads, folder, {"compile": "never", "cuda-graph": False})
     if program == SWEEP:
         return measure_sweep(args, threads, folder)
     python = {"Stable-Baselines3": args.sb3_python, "SBX": args.sbx_python}.get(program, sys.executable)
@@ -212,7 +217,7 @@ def measure(args, program: str, threads: int, folder: Path) -> dict:
 
 
 def compare(args, record: Record) -> None:
-    programs = [OURS, SWEEP, *PEERS, FLOOR]
+    programs = [OURS, PLAIN, SWEEP, *PEERS, FLOOR]
     for repeat in range(args.repeats):
         for threads in args.threads:
             for program in [name for name in programs if threads > 1 or name != SWEEP]:
@@ -264,7 +269,7 @@ def print_comparison(results: list[dict], threads: list[int]) -> None:
     """A Markdown table; the ratio is this project's speed over the program's."""
     print("| Program |", " | ".join(f"{n} thread{'s' * (n > 1)}, steps/s | ratio" for n in threads), "|")
     print("| --- |", " | ".join("---: | ---:" for _ in threads), "|")
-    for program in (OURS, SWEEP, *PEERS):
+    for program in (OURS, PLAIN, SWEEP, *PEERS):
         cells = []
         for n in threads:
             ours, value = (median_of(results, "steps_per_s", program=name, threads=n) for name in (OURS, program))

@@ -32,7 +32,7 @@ def nothing_compiled_yet():
     ],
 )
 def test_compiled_gradients_are_the_plain_ones(settings):
-    plain, compiled = make_agent(**settings), make_agent(compile="on", **settings)
+    plain, compiled = make_agent(**settings), make_agent(compile="always", **settings)
     torch.manual_seed(2)
     obs, action, *rest = make_batch()
     noise = torch.randn(len(obs), 2)
@@ -55,7 +55,7 @@ def test_compiled_gradients_are_the_plain_ones(settings):
 
 
 def test_stopped_and_resumed_is_the_run_that_never_stopped(tmp_path, monkeypatch, capsys):
-    arguments = f"{LONG} --compile on"
+    arguments = f"{LONG} --compile always"
     run(tmp_path, arguments, "whole")
     stopped_run(tmp_path, monkeypatch, arguments, 61)
     assert resume(tmp_path) == 0
@@ -64,8 +64,8 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(tmp_path, monkeypatch
 
 
 def test_uncompiled_from_somewhere_on_is_said(tmp_path, monkeypatch, capsys):
-    stopped_run(tmp_path, monkeypatch, f"{LONG} --compile on", 61)
-    assert resume(tmp_path, "stopped", "--compile", "off") == 0
+    stopped_run(tmp_path, monkeypatch, f"{LONG} --compile always", 61)
+    assert resume(tmp_path, "stopped", "--compile", "never") == 0
     assert "1 threads, compiled before, --device cpu with 1 threads now: results will differ" in capsys.readouterr().err
 
 
@@ -80,10 +80,10 @@ def compiler_script(tmp_path, *lines):
 def test_without_a_compiler_it_is_said_once_and_trains_all_the_same(tmp_path, monkeypatch):
     for name, value in compiler_script(tmp_path, "sys.exit('no standard library')").items():
         monkeypatch.setenv(name, value)
-    out, err = start(f"{LONG} --compile on --run-dir broken", tmp_path).communicate(timeout=100)
+    out, err = start(f"{LONG} --compile always --run-dir broken", tmp_path).communicate(timeout=100)
     assert err.count("warning: the update is not compiled") == 1 and "g++" in err
     assert "Traceback" not in err and "evaluation return" in out
-    assert run(tmp_path, f"{LONG} --compile off", "plain") == 0
+    assert run(tmp_path, f"{LONG} --compile never", "plain") == 0
     assert same_policy(tmp_path / "broken", tmp_path / "plain")
     saved = torch.load(tmp_path / "broken/checkpoint.pt", weights_only=True)["arithmetic"]
     assert saved == "--device cpu with 1 threads"
@@ -99,7 +99,7 @@ def test_ctrl_c_while_it_compiles_changes_no_result(tmp_path, monkeypatch):
     ]
     for name, value in compiler_script(tmp_path, *lines).items():
         monkeypatch.setenv(name, value)
-    process = start(f"{LONG} --compile on --run-dir stopped", tmp_path, start_new_session=True)
+    process = start(f"{LONG} --compile always --run-dir stopped", tmp_path, start_new_session=True)
     deadline = time.time() + 100
     while not marker.exists():
         assert process.poll() is None and time.time() < deadline
@@ -108,11 +108,11 @@ def test_ctrl_c_while_it_compiles_changes_no_result(tmp_path, monkeypatch):
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130 and "everything is saved" in out and "warning" not in err
     assert resume(tmp_path) == 0
-    run(tmp_path, f"{LONG} --compile on", "whole")
+    run(tmp_path, f"{LONG} --compile always", "whole")
     assert differences(tmp_path / "stopped", tmp_path / "whole") == []
 
 
-@pytest.mark.parametrize(("total_steps", "resolved"), [(100_000, "on"), (99_999, "off")])
+@pytest.mark.parametrize(("total_steps", "resolved"), [(100_000, "always"), (99_999, "never")])
 def test_auto_compiles_long_runs(tmp_path, monkeypatch, total_steps, resolved):
     arguments = f"{LONG} --compile auto --total-steps {total_steps}"
     stopped_run(tmp_path, monkeypatch, arguments, 10)
@@ -121,5 +121,5 @@ def test_auto_compiles_long_runs(tmp_path, monkeypatch, total_steps, resolved):
 
 def test_only_for_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sac, "set_up_torch", lambda args: torch.device("cuda", 0))
-    assert run(tmp_path, f"{LONG} --compile on") == 2
-    assert "--compile on --device cuda:0" in capsys.readouterr().err
+    assert run(tmp_path, f"{LONG} --compile always") == 2
+    assert "--compile always --device cuda:0" in capsys.readouterr().err

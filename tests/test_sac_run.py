@@ -26,7 +26,7 @@ import sac_continuous as sac
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--total-steps 120 --learning-starts 40 --random-steps 40 --batch-size 16 --hidden-size 16 --torch-threads 1"
-SMALL += " --compile off --eval-every 50 --eval-episodes 2 --checkpoint-every 60 --log-every 10"
+SMALL += " --compile never --eval-every 50 --eval-episodes 2 --checkpoint-every 60 --log-every 10"
 
 
 def run(tmp_path, arguments, name="run"):
