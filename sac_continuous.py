@@ -744,7 +744,7 @@ class Agent(nn.Module):
         """A step of one optimiser. Returns what is logged."""
         gradients, metrics = self.gradients_of[name](*inputs)
         for parameter, gradient in zip(self.parameters_of[name], gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
         self.optimizers[name].step()
         return metrics
 

@@ -719,12 +719,18 @@ def test_the_drivers_memory_is_its_own_and_not_that_of_a_row_before():
     assert 95 < large - small < 120 and parent < small + 20
 
 
-def test_products_and_their_gradients_are_those_of_rounded_operands():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_and_their_gradients_are_those_of_rounded_operands(compiled):
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 64, 32), (2, 32, 16), (2, 64, 16)
     x, y, gradient = (torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
-    product = rounded_products.Product.apply(x, y)
-    found = product, *torch.autograd.grad(product, (x, y), gradient)
+
+    def product_and_gradients(x, y, gradient):
+        product = rounded_products.Product.apply(x, y)
+        return product, *torch.autograd.grad(product, (x, y), gradient)
+
+    function = sac_continuous.Compiler(compiled)(product_and_gradients)
+    found = function(x, y, gradient)
     x, y, gradient = (operand.detach().bfloat16().double() for operand in (x, y, gradient))
     for ours, exact in zip(found, (x @ y, gradient @ y.mT, x.mT @ gradient), strict=True):
         assert torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-5)
