@@ -750,7 +750,7 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     """Differentiates for this optimiser's parameters alone: no other network sees a gradient."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
+        parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
     optimizer.step()
 
 

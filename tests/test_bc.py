@@ -48,6 +48,13 @@ def data(tmp_path):
 # --------------------------------------------------------------------------------------------------------- losses
 
 
+@pytest.mark.parametrize("script", [bc, dagger])
+def test_a_gradient_may_lie_in_memory_in_another_order(script):
+    weight, slope = torch.zeros(3, 3, requires_grad=True), torch.tensor([[1.0, -1, 1], [1, 1, -1], [1, 1, 1]])
+    script.gradient_step(torch.optim.Adam([weight], lr=0.5, fused=True), (weight.mT * slope).sum())
+    assert torch.allclose(weight, -0.5 * slope.mT)  # Adam's first step is the rate against the gradient's sign
+
+
 def test_losses_against_torch_distributions():
     torch.manual_seed(0)
     mean, action = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)

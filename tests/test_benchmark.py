@@ -727,10 +727,11 @@ def test_products_and_their_gradients_are_those_of_rounded_operands(compiled):
 
     def product_and_gradients(x, y, gradient):
         product = rounded_products.Product.apply(x, y)
-        return product, *torch.autograd.grad(product, (x, y), gradient)
+        return product.detach(), *torch.autograd.grad(product, (x, y), gradient)
 
-    function = sac_continuous.Compiler(compiled)(product_and_gradients)
-    found = function(x, y, gradient)
+    compiler = sac_continuous.Compiler(compiled)
+    found = compiler(product_and_gradients)(x, y, gradient)
+    assert compiler.works == compiled
     x, y, gradient = (operand.detach().bfloat16().double() for operand in (x, y, gradient))
     for ours, exact in zip(found, (x @ y, gradient @ y.mT, x.mT @ gradient), strict=True):
         assert torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-5)

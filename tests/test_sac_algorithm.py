@@ -286,6 +286,17 @@ def test_actor_update_leaves_the_critics_alone():
         assert not equal(agent.actor, actor)
 
 
+def test_a_gradient_may_lie_in_memory_in_another_order():
+    agents = make_agent(), make_agent()
+    (gradients, metrics), obs = agents[0].actor_gradients(make_batch()[0], torch.randn(32, 2)), make_batch()[0]
+    turned = [g.mT.contiguous().mT if g.ndim > 1 else g for g in gradients]
+    assert not all(g.is_contiguous() for g in turned)
+    for agent, given in zip(agents, (gradients, turned), strict=True):
+        agent.gradients_of["actor"] = lambda obs, noise, given=given: (given, metrics)
+        agent.update_actor(obs)
+    assert equal(agents[0].actor, copies(agents[1].actor))
+
+
 def gradients_on_a_quadratic(estimator, samples, repeats, seed=0):
     """Gradients in (mean, log_std) of E[temperature log pi - Q] for Q = -(a - 1)^2, an unsquashed Gaussian."""
     torch.manual_seed(seed)
