@@ -45,4 +45,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import rounded_products  # by its name: __main__ will be the script, and a compiler looks Product up
+
+    rounded_products.main()
