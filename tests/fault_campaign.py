@@ -1,6 +1,7 @@
 """Kills runs at random moments, resumes them, and compares the end with that of a run that never stopped.
 
     python tests/fault_campaign.py --script sac_continuous.py --kills 50
+    python tests/fault_campaign.py --script sac_continuous.py --kills 50 --settings=--compile=always
 
 Each run is killed (SIGKILL) and resumed until it finishes; runs follow each other until there were enough kills. Ends
 with 0 if every run's progress.csv (times aside), policy.pt and last checkpoint are those of the run left alone.
@@ -60,10 +61,10 @@ def start(script: str, arguments: str, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
 
 
-def campaign(script: str, kills_wanted: int, folder: Path, seed: int = 0) -> tuple[int, int, int]:
-    """Returns the numbers of kills, of finished runs, and of runs whose end differs."""
+def campaign(script: str, kills_wanted: int, folder: Path, seed: int = 0, more: str = "") -> tuple[int, int, int]:
+    """more: settings besides its own. Returns the numbers of kills, of finished runs, of runs whose end differs."""
     draw = random.Random(seed)
-    settings = f"{SETTINGS[script]} --torch-threads 1"
+    settings = f"{SETTINGS[script]} --torch-threads 1 {more}"
     reference, log = folder / "reference", folder / "log.txt"
     began = time.time()
     process = start(script, f"{settings} --run-dir {reference}", log)
@@ -106,9 +107,10 @@ if __name__ == "__main__":
     parser.add_argument("--script", choices=SETTINGS, default="sac_continuous.py")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--settings", default="", help="more of them, for the script")
     options = parser.parse_args()
     os.environ["PYTHONUNBUFFERED"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        kills, runs, differing = campaign(options.script, options.kills, Path(folder), options.seed)
+        kills, runs, differing = campaign(options.script, options.kills, Path(folder), options.seed, options.settings)
     print(f"{kills} kills over {runs} runs: {differing} runs differ from the one left alone")
     sys.exit(differing > 0)
