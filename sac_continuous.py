@@ -45,7 +45,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import unittest.mock
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -645,12 +647,9 @@ class Agent(nn.Module):
         self.parameters_of = {
             name: [parameter for group in of_one for parameter in group["params"]] for name, of_one in groups.items()
         }
-        self.compiler = Compiler(args.compile == "always")
-        self.gradients_of = {
-            "critic": self.compiler(self.critic_gradients),
-            "value": self.compiler(self.value_gradients),
-            "actor": self.compiler(self.actor_gradients),
-        }
+        self.gradients_of = {"critic": self.critic_gradients, "actor": self.actor_gradients}
+        if self.value:
+            self.gradients_of["value"] = self.value_gradients
         self.num_critic_updates = 0
         self.gradients = {}
         self.index = torch.empty(args.num_critic_updates, args.batch_size, dtype=torch.int64, device=device)
@@ -661,6 +660,44 @@ class Agent(nn.Module):
         self.streams = {
             name: torch.Generator(device).manual_seed(seed) for name, seed in zip(names, seeds, strict=True)
         }
+        self.compiled = args.compile == "always" and self.compile_gradients(obs_dim)
+
+    def compile_gradients(self, obs_dim: int) -> bool:
+        """Makes C++ of gradients_of, by torch.compile. Returns whether that worked; if not, all stays as it is."""
+        import torch._dynamo.config
+
+        torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to what is compiled
+        # No processes of its own; no header for later runs, which costs more than it saves.
+        options = {"cpp_wrapper": True, "compile_threads": 1, "cpp_cache_precompile_headers": False}
+        compiled = {
+            name: torch.compile(function, fullgraph=True, dynamic=False, options=options)
+            for name, function in self.gradients_of.items()
+        }
+        empty = ReplayBuffer(1, obs_dim, self.action_dim, self.device)
+        batch = obs, *_ = empty[torch.zeros_like(self.index[0])]
+        noise = torch.zeros(len(obs), self.action_dim, device=self.device)
+        pair = torch.tensor([0, 1], device=self.device) if self.args.critic_backup == "redq" else None
+        inputs = {"critic": (*batch, None if self.value else noise, pair), "value": (obs, noise)}
+        inputs["actor"] = obs, noise.repeat(self.args.num_actor_samples, 1)
+        # Ctrl-C waits: the C++ compiler, which would get it too, would end, and the run go on with other rounding.
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            # A folder that other runs share may hold what a killed one left, or what another processor needs.
+            with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.dict(os.environ):
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+                for name, function in compiled.items():
+                    function(*inputs[name])
+        except Exception as error:  # no compiler, no room for its files, an operation that it does not know
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "error:" in line), lines[0])[:300]
+            hint = "it needs a C++ compiler and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev)"
+            hint += "; --compile never trains without"
+            print(f"warning: not compiled, and slower ({reason}); {hint}", file=sys.stderr)
+            return False
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        self.gradients_of = compiled
+        return True
 
     @property
     def temperature(self) -> torch.Tensor | float:
@@ -1050,50 +1087,6 @@ def load_checkpoint(run_dir: Path) -> dict | None:
 # ------------------------------------------------------------------------------------------------------- training
 
 
-class Compiler:
-    """Makes C++ of functions, by torch.compile, when they are first called; from the first failure on, of none.
-
-    Such a function has no effects, and inputs of the same shapes at every call.
-    """
-
-    def __init__(self, works: bool):
-        self.works = works
-
-    def __call__(self, function: Callable) -> Callable:
-        chosen = None
-
-        def call(*inputs):
-            nonlocal chosen
-            chosen = chosen or self.compile(function, inputs)
-            return chosen(*inputs)
-
-        return call
-
-    def compile(self, function: Callable, inputs: tuple) -> Callable:
-        """Returns the compiled function, or the function itself."""
-        if not self.works:
-            return function
-        import torch._dynamo.config  # takes as long as all of PyTorch: not in a run that does without
-        import torch._inductor.config
-
-        torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to what is compiled
-        torch._inductor.config.compile_threads = 1  # no processes of its own
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
-        # Ctrl-C waits: the C++ compiler, which would get it too, would end, and the run go on with other rounding.
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            compiled(*inputs)
-            return compiled
-        except Exception as error:  # no compiler, no room for its files, an operation that it does not know
-            reason = str(error).partition("\n")[0][:200]
-            hint = "it needs a C++ compiler and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev)"
-            tqdm.write(f"warning: the update is not compiled, and slower ({reason}); {hint}", file=sys.stderr)
-            self.works = False
-            return function
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-
-
 class CudaGraph:
     """A function without arguments: called as it is a few times, then captured and replayed as one CUDA graph.
 
@@ -1300,12 +1293,10 @@ def train(args: Args) -> int:
     stop = StopSignal()
     device = set_up_torch(args)
     can_compile = device.type == "cpu" and os.name == "posix"
-    if args.compile == "always" and not can_compile:
-        raise UserError(
-            f"--compile always --device {device}: compiled is for a CPU under Linux or macOS; leave one out"
-        )
-    if args.compile == "auto":
-        args = dataclasses.replace(args, compile="always" if can_compile and args.total_steps >= 100_000 else "never")
+    if args.compile == "always" and not can_compile and not args.resume:
+        raise UserError(f"--compile always: needs a CPU under Linux or macOS, this is {device}; leave it out")
+    wanted = args.compile == "always" or (args.compile == "auto" and args.total_steps >= 100_000)
+    args = dataclasses.replace(args, compile="always" if wanted and can_compile else "never")
     env = TrainingEnv(args)
     eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
     obs_dim, action_dim = env.env.observation_space.shape[0], env.env.action_space.shape[0]
@@ -1325,14 +1316,10 @@ def train(args: Args) -> int:
     continue_with = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
     first_step, saved_log = 0, None
     checkpoint = load_checkpoint(run_dir) if args.resume else None
-
-    def arithmetic() -> str:
-        compiled = ", compiled" if agent.compiler.works else ""
-        return f"--device {device} with {torch.get_num_threads()} threads{compiled}"
-
+    arithmetic = f"--device {device} with {torch.get_num_threads()} threads{', compiled' * agent.compiled}"
     if checkpoint:
-        if checkpoint.get("arithmetic") != arithmetic():
-            change = f"{checkpoint.get('arithmetic')} before, {arithmetic()} now"
+        if checkpoint.get("arithmetic") != arithmetic:
+            change = f"{checkpoint.get('arithmetic')} before, {arithmetic} now"
             print(f"warning: {change}: results will differ in the last bits", file=sys.stderr)
         try:
             first_step, saved_log = checkpoint["step"], checkpoint["log"]
@@ -1383,7 +1370,7 @@ def train(args: Args) -> int:
             if done % args.checkpoint_every == 0 or last or stop.number:
                 check_finite(step, **metrics, **dict(agent.named_parameters()))
                 parts = {"env": env.checkpoint(), "agent": agent.checkpoint(), "buffer": buffer.checkpoint()}
-                parts |= {"step": done, "log": log.checkpoint(), "arithmetic": arithmetic()}
+                parts |= {"step": done, "log": log.checkpoint(), "arithmetic": arithmetic}
                 with replacing(run_dir / "checkpoint.pt", keep_previous=True) as file:
                     torch.save({"format": CHECKPOINT_FORMAT, **parts}, file)
             if stop.number and not last:

@@ -132,7 +132,7 @@ def measure(trick: str, other: Path, threads: int, compiled: bool, turns: int) -
     trainers = [Trainer(SCRIPT, threads, compiled), without]
     times = compare(trainers, turns)
     what = {"trick": trick, "threads": threads, "compiled": compiled}
-    if compiled and trick != COMPILED and not without.agent.compiler.works:
+    if compiled and trick != COMPILED and not without.agent.compiled:
         return what | {"ratio": None}
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
     ms, ms_without = (statistics.median(one) for one in times)
