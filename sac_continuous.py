@@ -662,43 +662,6 @@ class Agent(nn.Module):
         }
         self.compiled = args.compile == "always" and self.compile_gradients(obs_dim)
 
-    def compile_gradients(self, obs_dim: int) -> bool:
-        """Makes C++ of gradients_of, by torch.compile. Returns whether that worked; if not, all stays as it is."""
-        import torch._dynamo.config
-
-        torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to what is compiled
-        # No processes of its own; no header for later runs, which costs more than it saves.
-        options = {"cpp_wrapper": True, "compile_threads": 1, "cpp_cache_precompile_headers": False}
-        compiled = {
-            name: torch.compile(function, fullgraph=True, dynamic=False, options=options)
-            for name, function in self.gradients_of.items()
-        }
-        empty = ReplayBuffer(1, obs_dim, self.action_dim, self.device)
-        batch = obs, *_ = empty[torch.zeros_like(self.index[0])]
-        noise = torch.zeros(len(obs), self.action_dim, device=self.device)
-        pair = torch.tensor([0, 1], device=self.device) if self.args.critic_backup == "redq" else None
-        inputs = {"critic": (*batch, None if self.value else noise, pair), "value": (obs, noise)}
-        inputs["actor"] = obs, noise.repeat(self.args.num_actor_samples, 1)
-        # Ctrl-C waits: the C++ compiler, which would get it too, would end, and the run go on with other rounding.
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            # A folder that other runs share may hold what a killed one left, or what another processor needs.
-            with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.dict(os.environ):
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-                for name, function in compiled.items():
-                    function(*inputs[name])
-        except Exception as error:  # no compiler, no room for its files, an operation that it does not know
-            lines = str(error).splitlines() or [type(error).__name__]
-            reason = next((line for line in lines if "error:" in line), lines[0])[:300]
-            hint = "it needs a C++ compiler and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev)"
-            hint += "; --compile never trains without"
-            print(f"warning: not compiled, and slower ({reason}); {hint}", file=sys.stderr)
-            return False
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-        self.gradients_of = compiled
-        return True
-
     @property
     def temperature(self) -> torch.Tensor | float:
         return self.log_temperature.detach().exp() if self.args.temperature != 0 else 0.0
@@ -861,6 +824,18 @@ class Agent(nn.Module):
                 stream.set_state(saved["streams"][name])
             else:  # from another kind of device: start a new sequence rather than the first one again
                 stream.manual_seed(stream.initial_seed() + self.num_critic_updates)
+
+    def compile_gradients(self, obs_dim: int) -> bool:
+        """Makes C++ of gradients_of. Returns whether that worked; if not, all stays as it is."""
+        empty = ReplayBuffer(1, obs_dim, self.action_dim, self.device)
+        batch = obs, *_ = empty[torch.zeros_like(self.index[0])]
+        noise = torch.zeros(len(obs), self.action_dim, device=self.device)
+        pair = torch.tensor([0, 1], device=self.device) if self.args.critic_backup == "redq" else None
+        inputs = {"critic": (*batch, None if self.value else noise, pair), "value": (obs, noise)}
+        inputs["actor"] = obs, noise.repeat(self.args.num_actor_samples, 1)
+        compiled = compile_functions(self.gradients_of, inputs)
+        self.gradients_of = compiled or self.gradients_of
+        return compiled is not None
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -1085,6 +1060,40 @@ def load_checkpoint(run_dir: Path) -> dict | None:
 
 
 # ------------------------------------------------------------------------------------------------------- training
+
+
+def compile_functions(functions: dict[str, Callable], inputs: dict[str, tuple]) -> dict[str, Callable] | None:
+    """The functions, made C++ by torch.compile for inputs of these shapes; None, and a warning, if one can't be.
+
+    They must change nothing, since each is called once.
+    """
+    import torch._dynamo.config
+
+    torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to what is compiled
+    # No processes of its own; no header for later runs, which costs more than it saves.
+    options = {"cpp_wrapper": True, "compile_threads": 1, "cpp_cache_precompile_headers": False}
+    compiled = {
+        name: torch.compile(function, fullgraph=True, dynamic=False, options=options)
+        for name, function in functions.items()
+    }
+    # Ctrl-C waits: the C++ compiler, which would get it too, would end, and the run go on with other rounding.
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        # A folder that other runs share may hold what a killed one left, or what another processor needs.
+        with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.dict(os.environ):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+            for name, function in compiled.items():
+                function(*inputs[name])
+    except Exception as error:  # no compiler, no room for its files, an operation that it does not know
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line), lines[0])[:300]
+        hint = "it needs a C++ compiler and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev)"
+        hint += "; --compile never trains without"
+        print(f"warning: not compiled, and slower ({reason}); {hint}", file=sys.stderr)
+        return None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+    return compiled
 
 
 class CudaGraph:

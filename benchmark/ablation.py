@@ -139,6 +139,10 @@ def measure(trick: str, other: Path, threads: int, compiled: bool, turns: int) -
     return what | {"ms": ms, "ms_without": ms_without, "ratio": ratio}
 
 
+def column(threads: int, compiled: bool) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}, {'compiled' if compiled else 'plain'}"
+
+
 def main() -> None:
     parser = Parser("Measure what each trick in sac_continuous.py buys.")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
@@ -157,7 +161,7 @@ def main() -> None:
                 for compiled in (True, False)[: 1 if trick == COMPILED else 2]:
                     record.add(measure(trick, other, threads, compiled, args.turns))
     columns = [(threads, compiled) for threads in args.threads for compiled in (True, False)]
-    names = [f"{n} thread{'s' * (n > 1)}, {'compiled' if compiled else 'plain'}" for n, compiled in columns]
+    names = [column(*one) for one in columns]
     print("| Trick |", " | ".join(names), "|\n| --- |", " | ".join("---:" for _ in columns), "|")
     ratios = {(one["trick"], one["threads"], one["compiled"]): one["ratio"] for one in record.results}
     for trick in (COMPILED, *UNDONE):

@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from ablation import SCRIPT, Trainer
+from ablation import SCRIPT, Trainer, column
 from errors import Parser, UserError, run_main
 from throughput import Record, machine
 
@@ -94,10 +94,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(available)[:threads])
         for compiled in (False, True):
             record.add(measure(threads, compiled, args.updates))
-    names = [
-        f"{r['threads']} thread{'s' * (r['threads'] > 1)}, {'compiled' if r['compiled'] else 'plain'}"
-        for r in record.results
-    ]
+    names = [column(result["threads"], result["compiled"]) for result in record.results]
     print("| ms |", " | ".join(names), "|\n| --- |", " | ".join("---:" for _ in names), "|")
     for kind in (*KINDS, COMPILED, REST, PYTHON, OUTSIDE):
         values = [result["by_kind_ms"][kind] for result in record.results]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fault_campaign import differences
 from test_sac_algorithm import copies, equal, filled_buffer, make_agent
-from test_sac_resume import LONG, resume, stopped_run
+from test_sac_resume import LONG, check_stop_and_resume, resume, stopped_run
 from test_sac_run import run, same_policy, start
 
 import sac_continuous as sac
@@ -52,11 +52,7 @@ def test_compiled_gradients_are_the_plain_ones(settings):
 
 
 def test_stopped_and_resumed_is_the_run_that_never_stopped(tmp_path, monkeypatch, capsys):
-    arguments = f"{LONG} --compile always"
-    run(tmp_path, arguments, "whole")
-    stopped_run(tmp_path, monkeypatch, arguments, 61)
-    assert resume(tmp_path) == 0
-    assert differences(tmp_path / "stopped", tmp_path / "whole") == []
+    check_stop_and_resume(tmp_path, monkeypatch, f"{LONG} --compile always", 61)
     assert "warning" not in capsys.readouterr().err
 
 

@@ -43,6 +43,13 @@ def resume(tmp_path, name="stopped", *more):
     return sac.main(["--resume", str(tmp_path / name), *more])
 
 
+def check_stop_and_resume(tmp_path, monkeypatch, arguments, step):
+    run(tmp_path, arguments, "whole")
+    stopped_run(tmp_path, monkeypatch, arguments, step)
+    assert resume(tmp_path) == 0
+    assert differences(tmp_path / "stopped", tmp_path / "whole") == []
+
+
 VARIANTS = [
     "",
     "--lr-schedule linear --critic-backup value --temperature 0.1",
@@ -65,11 +72,7 @@ def test_stopped_anywhere_and_resumed_is_the_run_that_never_stopped(tmp_path, mo
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v4", "Ant-v4"])
 def test_a_simulator_is_rebuilt_in_the_middle_of_an_episode(tmp_path, monkeypatch, env_id):
-    arguments = f"--env-id {env_id} {SMALL} --max-episode-steps 70"
-    run(tmp_path, arguments, "whole")
-    stopped_run(tmp_path, monkeypatch, arguments, 55)
-    assert resume(tmp_path) == 0
-    assert differences(tmp_path / "stopped", tmp_path / "whole") == []
+    check_stop_and_resume(tmp_path, monkeypatch, f"--env-id {env_id} {SMALL} --max-episode-steps 70", 55)
 
 
 def test_killed_at_random_moments(tmp_path):
