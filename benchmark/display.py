@@ -2,8 +2,8 @@
 
 import csv
 import time
+from collections import deque
 
-import training_process
 from grid import Run
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,14 +21,11 @@ def duration(seconds: float) -> str:
 
 def last_row(run: Run) -> dict[str, str]:
     """The newest evaluation of a run, {} before the first."""
-    path = run.folder / "progress.csv"
     try:
-        with open(path, newline="") as file:
-            header = file.readline()
+        with open(run.folder / "progress.csv", newline="") as file:
+            return next(iter(deque(csv.DictReader(file), maxlen=1)), {})
     except OSError:
         return {}
-    lines = [line for line in training_process.read_tail(path).splitlines(keepends=True) if line.endswith("\n")]
-    return next(csv.DictReader([header, *lines[-1:]]), {}) if lines and lines[-1].strip() != header.strip() else {}
 
 
 class Display:

@@ -2,12 +2,12 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import yaml
 from errors import UserError
 
@@ -38,10 +38,19 @@ class Run:
         return folder.with_name(folder.name + ".log")
 
     def command(self, folder: Path | None = None, script: Path | None = None) -> list[str]:
-        """Starts the run, or resumes it if its folder holds one; both can be elsewhere on another machine."""
+        """Starts the run, or resumes it if its folder has a checkpoint; both can be elsewhere on another machine."""
         folder = folder or self.folder
-        where = "--resume" if has_run(folder) else "--run-dir"
+        where = "--resume" if (folder / "checkpoint.pt").exists() else "--run-dir"
         return [sys.executable, str(script or self.script), *self.settings, where, str(folder)]
+
+    def clear(self) -> None:
+        """Removes what was cut off before its first checkpoint; such a run starts anew.
+
+        Only what a sweep has begun, as the log tells, and no finished run, which may differ in its settings alone.
+        """
+        kept = any((self.folder / name).exists() for name in ("checkpoint.pt", "finished.json"))
+        if self.folder.exists() and not kept and self.log().exists() and self.log().stat().st_size:
+            shutil.rmtree(self.folder)
 
     def is_finished(self) -> bool:
         """Finished with these settings. With others, the script is asked: it extends the run or refuses."""
@@ -51,31 +60,13 @@ class Run:
             return False
 
     def mark_finished(self) -> None:
-        (self.folder / "finished.json").write_text(json.dumps(self.settings) + "\n")
+        beside = self.folder / "finished.json.tmp"
+        beside.write_text(json.dumps(self.settings) + "\n")
+        beside.replace(self.folder / "finished.json")
 
 
 def has_run(folder: Path) -> bool:
     return (folder / "args.json").exists()
-
-
-def take_lock(folder: Path) -> filelock.FileLock | None:
-    """The lock with which the scripts keep other processes out of their run folder; None if another has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return None
-    return lock
-
-
-def is_locked(folder: Path) -> bool:
-    if not (folder / ".lock").exists():
-        return False
-    lock = take_lock(folder)
-    if lock:
-        lock.release()
-    return lock is None
 
 
 def normalise(settings: dict, where: str) -> dict:

@@ -1,17 +1,16 @@
 """Runs on this machine: as many processes at a time as asked for."""
 
-import signal
-import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 
 import training_process
-from grid import Run, is_locked
+from grid import Run
 
 REFUSED = 2  # the scripts' exit code for settings that they do not take
 # No process ends with these:
 NOT_BEGUN = -1000  # the run's variant was refused before its turn came
-LOCKED = -1001  # another process, of another sweep say, is working on the run
+LOCKED = -1001  # another sweep is working on the run
 
 
 @dataclass(frozen=True)
@@ -25,45 +24,43 @@ class Ended:
 class LocalEngine:
     def __init__(self, jobs: int):
         self.jobs = jobs
-        self.processes: dict[Run, subprocess.Popen] = {}
+        self.processes = {}  # run -> its process and its lock
         self.locked: list[Run] = []
+        self.scratch = tempfile.TemporaryDirectory(prefix="sweep-")  # for what compilers leave when they are killed
 
     def has_room(self) -> bool:
         return len(self.processes) < self.jobs
 
     def start(self, run: Run) -> None:
-        if is_locked(run.folder):  # the script would refuse it too, in the log of the one at work
+        lock = training_process.lock(run.log())
+        if lock is None:
             self.locked.append(run)
             return
-        # Should the sweep be killed, SIGTERM lets its runs save what they have.
-        self.processes[run] = training_process.start(run.command(), run.log(), signal.SIGTERM)
+        run.clear()
+        process = training_process.start(run.command(), run.log(), {"TMPDIR": self.scratch.name})
+        self.processes[run] = process, lock
 
     def is_busy(self) -> bool:
         return bool(self.processes or self.locked)
 
     def poll(self) -> list[Ended]:
         """Those that ended since the last call; waits a moment if none has."""
-        if self.locked:
-            locked, self.locked = self.locked, []
-            return [Ended(run, LOCKED) for run in locked]
-        ended = [run for run, process in self.processes.items() if process.poll() is not None]
+        ended, self.locked = [Ended(run, LOCKED) for run in self.locked], []
+        for run, (process, lock) in list(self.processes.items()):
+            if process.poll() is not None:
+                lock.close()
+                del self.processes[run]
+                ended.append(Ended(run, process.returncode))
         if not ended:
             time.sleep(0.05)
-        return [Ended(run, self.processes.pop(run).returncode) for run in ended]
+        return ended
 
     def running(self) -> dict[Run, float]:
         """The runs at work and the fraction that each has done."""
         return {run: training_process.fraction_done(run.log()) for run in self.processes}
 
-    def withdraw(self, variant: str | None = None) -> list[Run]:
-        """Takes back what was given to start but has not begun, of one variant or all: nothing waits here."""
-        return []
-
-    def stop(self) -> None:
-        """Asks every run to save and end."""
-        for process in self.processes.values():
-            training_process.send_signal(process, signal.SIGTERM)
-
     def close(self) -> None:
-        for process in self.processes.values():
+        """Ends every run."""
+        for process, _ in self.processes.values():
             training_process.kill(process)
+        self.scratch.cleanup()

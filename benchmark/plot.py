@@ -5,14 +5,13 @@ Example:
     python benchmark/plot.py runs/sac_mujoco --normalise "Tianshou SAC" --out scores.png
     python benchmark/plot.py runs/sac_mujoco/HalfCheetah-v4__1 --out run.svg
 
-Intervals are percentile bootstrap intervals over seeds (SciPy); a single seed has none. The interquartile mean drops a
+Intervals are percentile bootstrap intervals over seeds; a single seed has none. The interquartile mean drops a
 quarter of the seeds at each end, rounded down, so that below four seeds it is the mean. --normalise draws one panel
 for all environments together: (return - random) / (published - random), seeds resampled within each environment, as
 Agarwal et al. 2021 (arXiv:2108.13264) do. For the folder of a single run, every column of its progress.csv is drawn.
 """
 
 import math
-import warnings
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +23,6 @@ import numpy as np
 from curves import Curve, Published, group, read_curves, read_published, without_version
 from errors import Parser, UserError, run_main
 from matplotlib.ticker import EngFormatter
-from scipy import stats
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; dashes tell them apart in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -49,7 +47,9 @@ def mean(*samples: np.ndarray, axis: int) -> np.ndarray:
 
 
 def interquartile_mean(*samples: np.ndarray, axis: int) -> np.ndarray:
-    return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+    values = np.sort(np.concatenate(samples, axis=axis), axis=axis)
+    dropped, count = values.shape[axis] // 4, values.shape[axis]
+    return values.take(range(dropped, count - dropped), axis=axis).mean(axis)
 
 
 STATISTICS = {"mean": mean, "iqm": interquartile_mean}
@@ -63,12 +63,10 @@ def with_interval(samples: list[np.ndarray], statistic) -> tuple[np.ndarray, np.
     value = statistic(*samples, axis=0)
     if min(map(len, samples)) < 2:
         return value, value, value
-    with warnings.catch_warnings():  # seeds that agree exactly have an interval of no width, and SciPy a warning
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        interval = stats.bootstrap(
-            samples, statistic, n_resamples=RESAMPLES, method="percentile", axis=0, rng=np.random.default_rng(0)
-        ).confidence_interval
-    return value, interval.low, interval.high
+    rng = np.random.default_rng(0)
+    draws = [sample[rng.integers(len(sample), size=(RESAMPLES, len(sample)))] for sample in samples]
+    low, high = np.quantile(statistic(*draws, axis=1), [0.025, 0.975], axis=0)
+    return value, low, high
 
 
 def align(curves: list[Curve], column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,10 +6,8 @@ again: a new task gets what the desk has written so far and resumes from there.
 """
 
 import contextlib
-import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,14 +16,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import ray
 import ray.exceptions
 import training_process
 from errors import UserError
-from filelock import FileLock
-from grid import Run, has_run, is_locked, take_lock
+from grid import Run, has_run
 from local_engine import LOCKED, NOT_BEGUN, REFUSED, Ended
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transfer import Piece, Receiver, pieces
@@ -38,15 +35,11 @@ POLL_S = 0.2
 
 @ray.remote(num_cpus=0)
 class Desk:
-    """Where tasks report. Writes what they bring; knows which runs have begun and which shall not begin.
+    """Where tasks report. Writes what they bring, knows which runs have begun, and holds their locks."""
 
-    It holds the locks of the run folders, in which no script works that could. With shared_out the scripts do.
-    """
-
-    def __init__(self, shared_out: bool):
-        self.shared_out = shared_out
-        self.locks: dict[Run, FileLock | None] = {}
+    def __init__(self):
         self.attempts: dict[Run, int] = {}
+        self.locks: dict[Run, BinaryIO] = {}
         self.fractions: dict[Run, float] = {}
         self.receivers: dict[Run, Receiver] = {}
         self.refused_variants: set[str] = set()
@@ -57,24 +50,18 @@ class Desk:
         self.attempts[run] = attempt
         self.fractions.pop(run, None)
 
-    def withdraw(self, runs: list[Run]) -> list[Run]:
-        """Returns those of the runs that have not begun, and now will not."""
-        withdrawn = [run for run in runs if run not in self.fractions]
-        for run in withdrawn:
-            del self.attempts[run]
-        return withdrawn
-
     def refuse(self, variant: str) -> None:
         """At once, without a way round by the driver: no further run of the variant begins."""
         self.refused_variants.add(variant)
 
     def begin(self, run: Run, attempt: int) -> int | None:
         """Returns None to go on, otherwise what the task ends with."""
-        if self.attempts.get(run) != attempt or run.variant in self.refused_variants:
+        if self.attempts.get(run) != attempt or run.variant in self.refused_variants or self.stopping:
             return NOT_BEGUN
-        lock = None if self.shared_out else take_lock(run.folder)
-        if is_locked(run.folder) if self.shared_out else lock is None:
+        lock = training_process.lock(run.log())
+        if lock is None:
             return LOCKED
+        run.clear()
         self.locks[run] = lock
         self.fractions[run] = 0.0
         self.receivers[run] = Receiver(run.folder)
@@ -99,20 +86,17 @@ class Desk:
         return self.fractions
 
     def end(self, run: Run) -> None:
-        if lock := self.locks.pop(run, None):
-            lock.release()
-        for of_runs in (self.attempts, self.fractions, self.receivers):
-            of_runs.pop(run, None)
+        for of_runs in (self.attempts, self.locks, self.fractions, self.receivers):
+            of_runs.pop(run, None)  # nothing else refers to a lock, which thus is closed
 
-    def stop(self) -> None:
+    def stop(self) -> list[Run]:
+        """Returns those at work, which now end."""
         self.stopping = True
+        return list(self.fractions)
 
 
-def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: float, revision: str | None) -> int | None:
-    """The task: one run from its start or its last state to its end. Returns the script's exit code.
-
-    revision: git's, of the script where the driver is.
-    """
+def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: float) -> int | None:
+    """The task: one run from its start or its last state to its end. Returns the script's exit code."""
     # Ray lends the processors of a task out to others while its main thread waits in ray.get; ours are not idle then.
     with ThreadPoolExecutor(1) as thread:
 
@@ -123,33 +107,26 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
         if refusal is not None:
             return refusal
         script = Path.cwd() / "script" / run.script.name  # as shipped with the job
-        env = {} if ray.get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""}
         with tempfile.TemporaryDirectory(prefix="sweep-") as scratch:
+            env = {"TMPDIR": scratch} | ({} if ray.get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""})
             folder = run.folder if shared_out else Path(scratch, run.folder.name)
             sent = {}
 
             def bring_back():
-                if modified(folder / "args.json") != before:  # its script, which writes it once, has done so
-                    fill_in_revision(folder / "args.json", revision)
                 for piece in [] if shared_out else pieces(folder, sent):
                     wait_for(desk.bring.remote(run, attempt, piece))
 
             if not shared_out:
                 thread.submit(fetch, run, desk, Receiver(folder)).result()
-            fresh, before = not has_run(folder), modified(folder / "args.json")
-            log = run.log(folder)
-            # SIGKILL: when the node is lost, nothing that the process could still save would be found.
-            process = training_process.start(run.command(folder, script), log, signal.SIGKILL, env, cwd=script.parent)
+            fresh, log = not has_run(folder), run.log(folder)
+            process = training_process.start(run.command(folder, script), log, env, cwd=script.parent)
             try:
                 brought_back = time.monotonic()
-                told_to_stop = False
-                while process.poll() is None:
+                go_on = True
+                while go_on and process.poll() is None:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(HEARTBEAT_S)
                     go_on = wait_for(desk.report.remote(run, attempt, training_process.fraction_done(log)))
-                    if not go_on and not told_to_stop:
-                        training_process.send_signal(process, signal.SIGTERM)
-                        told_to_stop = True
                     if time.monotonic() - brought_back > bring_back_every:
                         bring_back()
                         brought_back = time.monotonic()
@@ -164,31 +141,6 @@ def train(run: Run, attempt: int, desk, shared_out: bool, bring_back_every: floa
 def fetch(run: Run, desk, receiver: Receiver) -> None:
     for reference in desk.resume_from.remote(run):
         receiver.accept(ray.get(reference))
-
-
-def modified(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-def find_revision(script: Path) -> str | None:
-    """As the scripts find it themselves; None outside of git."""
-    git = ["git", "-C", str(script.parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def fill_in_revision(settings: Path, revision: str | None) -> None:
-    """A script that has travelled without its repository leaves null."""
-    try:
-        content = json.loads(settings.read_text())
-    except ValueError:  # it is being written
-        return
-    if content.get("git_revision", "") is None and revision:
-        beside = settings.with_name(f"{settings.name}.tmp")
-        beside.write_text(json.dumps(content | {"git_revision": revision}, indent=2) + "\n")
-        os.replace(beside, settings)
 
 
 @contextlib.contextmanager
@@ -268,11 +220,11 @@ class RayEngine:
                 if not address:
                     raise UserError(f"{message}: lower --cpus-per-run or --gpus-per-run")
                 print(f"warning: {message} now; waiting for one to join", file=sys.stderr)
-            self.close = stack.pop_all().close
+            self.stack = stack.pop_all()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.desk = Desk.options(scheduling_strategy=here).remote(shared_out)
+        self.desk = Desk.options(scheduling_strategy=here).remote()
         self.task = ray.remote(train).options(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)
-        self.arguments = shared_out, bring_back_every, find_revision(script)
+        self.arguments = shared_out, bring_back_every
         self.submitted: dict[ray.ObjectRef, Run] = {}
         self.attempts = 0
 
@@ -311,13 +263,10 @@ class RayEngine:
     def running(self) -> dict[Run, float]:
         return ray.get(self.desk.running.remote())
 
-    def withdraw(self, variant: str | None = None) -> list[Run]:
-        runs = {run for run in self.submitted.values() if variant in (None, run.variant)}
-        withdrawn = set(ray.get(self.desk.withdraw.remote(list(runs))))
-        for reference in [reference for reference, run in self.submitted.items() if run in withdrawn]:
-            del self.submitted[reference]
-            ray.cancel(reference)
-        return list(withdrawn)
-
-    def stop(self) -> None:
-        ray.get(self.desk.stop.remote())
+    def close(self) -> None:
+        """Ends every run; what each has saved is brought back before."""
+        with self.stack, contextlib.suppress(ray.exceptions.RayError):
+            at_work = ray.get(self.desk.stop.remote())
+            references = [reference for reference, run in self.submitted.items() if run in at_work]
+            if references:
+                ray.wait(references, num_returns=len(references))

@@ -5,15 +5,17 @@ Example:
     python benchmark/sweep.py benchmark/experiments/sac_mujoco.yaml --seeds 42 --total-steps 200000 --dry-run
 
 Writes OUT/EXPERIMENT[/VARIANT]/ENV__SEED, the run folder of each run, and a log beside it. The same command again
-skips what is finished and resumes what was cut off.
+skips what is finished and goes on with what was cut off. OUT/EXPERIMENT/sweep.json says what the runs were made with.
 """
 
+import json
 import os
 import secrets
 import shlex
 import shutil
 import signal
 import sys
+import time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from display import Display
 from errors import Parser, UserError, run_main
 from grid import Run, has_run, make_runs, parse_overrides
 from local_engine import LOCKED, NOT_BEGUN, REFUSED, Ended, LocalEngine
+from origin import find_origin
 
 MAX_ATTEMPTS = 2
 MAX_LOSSES = 10  # a run that so many machines died under is perhaps what kills them
@@ -38,27 +41,29 @@ class Sweep:
         self.attempts, self.losses = Counter(), Counter()
         self.fresh: set[Run] = set()
         self.refused_variants: set[str] = set()
-        self.stop_signals: list[int] = []
-        self.stopping = False
+        self.stop_signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: self.stop_signals.append(number))
+            signal.signal(number, self.stop)
+
+    def stop(self, number: int, frame) -> None:
+        self.stop_signal = number
+        for again in (signal.SIGINT, signal.SIGTERM):  # which end us, and the kernel the runs
+            signal.signal(again, signal.SIG_DFL)
 
     def go(self) -> int:
-        """Returns the exit code: 0 if all finished, 1 if one failed, 2 if one was refused."""
-        while self.waiting or self.engine.is_busy():
-            while self.waiting and not self.stop_signals and self.engine.has_room():
-                self.start(self.waiting.popleft())
-            for ended in self.engine.poll():
-                self.judge(ended)
-            if self.stop_signals and not self.stopping:
-                self.stopping = True
-                self.engine.withdraw()
-                self.engine.stop()
-                self.display.line("stopping: every run saves what it has; once more to end them without saving")
-            if len(self.stop_signals) > 1 or (self.stopping and not self.engine.is_busy()):
-                break
-            running = self.engine.running()
-            self.display.update(self.counts_with(running), self.finished_before, running)
+        """Returns the exit code: 0 if all finished, 1 if one failed, 2 if one was refused, 128 + a signal's number."""
+        try:
+            while (self.waiting or self.engine.is_busy()) and not self.stop_signal:
+                while self.waiting and self.engine.has_room() and not self.stop_signal:
+                    self.start(self.waiting.popleft())
+                for ended in self.engine.poll():
+                    self.judge(ended)
+                running = self.engine.running()
+                self.display.update(self.counts_with(running), self.finished_before, running)
+            if self.stop_signal:
+                self.display.line("stopping; once more to end at once")
+        finally:
+            self.engine.close()
         return self.summary()
 
     def start(self, run: Run) -> None:
@@ -76,13 +81,11 @@ class Sweep:
             run.mark_finished()
             self.counts["finished"] += 1
             self.display.line(f"finished  {run.name} ({self.counts['finished']} of {self.display.total})")
-        elif self.stopping:
-            pass  # it is left for the next time
         elif code == NOT_BEGUN:
             self.counts["not started"] += 1
         elif code == LOCKED:
             self.counts["refused"] += 1
-            self.display.line(f"refused   {run.name}: another process is working on it; wait for it or stop it")
+            self.display.line(f"refused   {run.name}: another sweep is working on it; wait for it or stop it")
         elif code is None and self.losses[run] < MAX_LOSSES:
             self.losses[run] += 1
             self.waiting.appendleft(run)
@@ -92,7 +95,6 @@ class Sweep:
             self.report("refused", ended, "its script does not take these settings")
             if run in self.fresh:  # a resumed one was refused for what is in its folder
                 self.refused_variants.add(run.variant)
-                self.counts["not started"] += len(self.engine.withdraw(run.variant))
         else:
             self.attempts[run] += 1
             if code is not None and self.attempts[run] < MAX_ATTEMPTS:
@@ -118,9 +120,9 @@ class Sweep:
         counts = [f"{count} {name}" for name, count in {**self.counts, "left": left}.items() if count]
         before = f" ({self.finished_before} of them before)" if self.finished_before else ""
         self.display.line(f"{self.display.total} runs: {', '.join(counts)}{before}")
-        if self.stop_signals:
-            self.display.line("the same command goes on from here")
-            return 128 + self.stop_signals[0]
+        if self.stop_signal:
+            self.display.line("the same command goes on from the last checkpoints")
+            return 128 + self.stop_signal
         if self.counts["failed"]:
             return 1
         return REFUSED if self.counts["refused"] else 0
@@ -132,6 +134,20 @@ def describe(ended: Ended) -> str:
     if ended.exit_code < 0:
         return f"ended by {signal.Signals(-ended.exit_code).name}"
     return f"ended with exit code {ended.exit_code}"
+
+
+def record_origin(path: Path, script: Path) -> None:
+    """Adds what this sweep is made with, unless it stands there: one may go on at another revision."""
+    try:
+        records = json.loads(path.read_text()) if path.exists() else []
+        origin = find_origin(script)
+        if origin not in [{key: record[key] for key in origin} for record in records]:
+            records.append({"started": time.strftime("%Y-%m-%d %H:%M:%S %z"), **origin})
+            beside = path.with_name(f"{path.name}.tmp")
+            beside.write_text(json.dumps(records, indent=2) + "\n")
+            beside.replace(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read or written ({error})") from None
 
 
 def print_commands(runs: list[Run]) -> None:
@@ -213,16 +229,16 @@ def main() -> int:
     if args.dry_run:
         print_commands(runs)
         return 0
+    folder = args.out / args.experiment.stem
     try:
-        (args.out / args.experiment.stem).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+    if not all(run.is_finished() for run in runs):
+        record_origin(folder / "sweep.json", runs[0].script)
     engine = make_engine(args, runs)
-    try:
-        with Display(len(runs)) as display:
-            return Sweep(runs, engine, display).go()
-    finally:
-        engine.close()
+    with Display(len(runs)) as display:
+        return Sweep(runs, engine, display).go()
 
 
 if __name__ == "__main__":

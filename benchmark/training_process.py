@@ -1,6 +1,7 @@
 """Training processes: each ends when the process that started it ends, however that ends."""
 
 import ctypes
+import fcntl
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
@@ -15,26 +17,37 @@ TAIL_BYTES = 65536
 BAR = re.compile(r"(\d+)%\|")
 
 
+def lock(log: Path) -> BinaryIO | None:
+    """Keeps other sweeps off the run of this log until the file is closed or we end; None if another has it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = open(log, "ab")  # noqa: SIM115 - stays open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 def start(
     command: list[str],
     log: Path,
-    death_signal: int,
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
     cpus: set[int] | None = None,
 ) -> subprocess.Popen:
     """Starts it in a session of its own, so that a Ctrl-C in the terminal reaches only us, with output to the log.
 
-    death_signal: what it gets from the kernel if the calling thread ends first, even by SIGKILL (Linux alone).
+    Should the calling thread end first, even by SIGKILL, the kernel kills it (Linux alone).
     env: set besides our own variables. cpus: the only ones it may run on.
     """
     parent = os.getpid()
 
     def tie():
         if LIBC:
-            LIBC.prctl(PR_SET_PDEATHSIG, death_signal)
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:  # it ended before the line above
-                os._exit(128 + death_signal)
+                os._exit(1)
         if cpus:
             os.sched_setaffinity(0, cpus)
 
@@ -56,28 +69,20 @@ def start(
         )
 
 
-def send_signal(process: subprocess.Popen, number: int) -> None:
-    """To it and what it started. One SIGTERM lets it save and end, a second ends it at once."""
-    if process.poll() is None:
-        os.killpg(process.pid, number)
-
-
 def kill(process: subprocess.Popen) -> None:
-    send_signal(process, signal.SIGKILL)
+    """It and what it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def read_tail(path: Path) -> str:
+def last_attempt(log: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            return file.read().decode(errors="replace").replace("\r", "\n")
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace").replace("\r", "\n").rpartition("\n$ ")[2]
     except OSError:
         return ""
-
-
-def last_attempt(log: Path) -> str:
-    return read_tail(log).rpartition("\n$ ")[2]
 
 
 def last_lines(log: Path, count: int = 20) -> list[str]:
