@@ -420,6 +420,15 @@ def test_a_single_run_has_a_page_of_its_own(results, tmp_path):
     assert ">eval return mean<" in text and ">wall time s<" in text and ">eval return std<" not in text
 
 
+def test_the_command_that_a_run_prints_needs_the_scripts_requirements_alone(results, tmp_path):
+    gone = dict.fromkeys(("h5py", "minari", "ray", "rich", "scipy", "yaml"))
+    argv = command("plot", results / "plain/Hopper-v4__1", "--out", tmp_path / "curves.png")[1:]
+    program = f"import runpy, sys; sys.path[0] = {str(BENCHMARK)!r}; sys.argv = {argv}; sys.modules |= {gone}"
+    program += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_scores_are_zero_for_random_and_one_for_the_published(tmp_path):
     for seed in (1, 2):
         write_run(tmp_path / f"x/Hopper-v4__{seed}", "Hopper-v4", seed, [18.77, 3542.2])

@@ -170,17 +170,26 @@ def stop(sweep: subprocess.Popen) -> str:
     return stderr
 
 
-def test_a_sweep_is_stopped_and_goes_on(tmp_path, cluster):
-    experiment, out = write_experiment(tmp_path, seeds=[1, 2, 3], settings={"total-steps": 60}), tmp_path / "out/grid"
+def test_a_sweep_keeps_others_off_its_runs_and_once_stopped_another_goes_on(tmp_path, cluster):
+    experiment, out = write_experiment(tmp_path, seeds=[1, 2, 3], settings={"total-steps": 60}), tmp_path / "out"
+    logs = [out / f"grid/A-v0__{seed}.log" for seed in (1, 2, 3)]
     run("sweep", experiment, "--out", tmp_path / "local")
-    arguments = command("sweep", experiment, "--out", tmp_path / "out", "--step-s", 0.07, *on(cluster))
+    arguments = command("sweep", experiment, "--out", out, "--step-s", 0.3, "--cpus-per-run", 0.5, *on(cluster))
     sweep = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_until(lambda: len(list(out.glob("*/checkpoint.pt"))) == 2)
+    wait_until(lambda: all((log.with_suffix("") / "checkpoint.pt").exists() for log in logs))
+
+    complaint = "refused   A-v0__1: another sweep is working on it; wait for it or stop it\n1 runs: 1 refused\n"
+    shared = ["--out", out, "--engine", "ray", "--address", cluster.address, "--shared-out"]
+    assert run_process("sweep", experiment, "--seeds", 1, "--cpus-per-run", 0.5, *shared, code=2).stderr == complaint
+    assert run("sweep", experiment, "--seeds", 1, "--out", out, code=2).stderr == complaint
+    assert [len(pids(log)) for log in logs] == [1, 1, 1]
+
     assert "3 runs: 3 left" in stop(sweep)
-    assert not any(is_alive(pid) for seed in (1, 2) for pid in pids(out / f"A-v0__{seed}.log"))
-    run_process("sweep", experiment, "--out", tmp_path / "out", *on(cluster))
-    assert policies(out) == policies(tmp_path / "local/grid") and last_start(out / "A-v0__1.log") > 0
-    assert not list(out.glob(".*.part"))
+    assert not any(is_alive(pid) for log in logs for pid in pids(log))
+    run_process("sweep", experiment, *shared)
+    assert f"--resume {out}/grid/A-v0__1\n" in logs[0].read_text() and last_start(logs[0]) > 0
+    assert policies(out / "grid") == policies(tmp_path / "local/grid")
+    assert not list(out.rglob(".*.part"))
 
 
 def test_ray_started_on_this_machine_brings_back_what_there_is_and_leaves_nothing(tmp_path, monkeypatch):
@@ -205,30 +214,6 @@ def test_ray_started_on_this_machine_brings_back_what_there_is_and_leaves_nothin
     run("sweep", experiment, "--out", tmp_path / "out")
     assert last_start(log) > 0 and len(policies(tmp_path)) == 2
     assert not list((tmp_path / "home").rglob("*token*"))
-
-
-def test_sweeps_of_the_same_results_keep_out_of_each_others_runs(tmp_path, cluster):
-    experiment, out = write_experiment(tmp_path, seeds=[1]), tmp_path / "out"
-    complaint = "refused   A-v0__1: another sweep is working on it; wait for it or stop it\n1 runs: 1 refused\n"
-    arguments = command("sweep", experiment, "--out", out, "--step-s", 1, *on(cluster))
-    sweep = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    log = out / "grid/A-v0__1.log"
-    wait_until(lambda: log.exists() and pids(log))  # the log has been brought back, in the file that is locked
-    shared = ["--engine", "ray", "--address", cluster.address, "--shared-out"]
-    assert run_process("sweep", experiment, "--out", out, *shared, code=2).stderr == complaint
-    assert run("sweep", experiment, "--out", out, code=2).stderr == complaint
-    assert "1 runs: 1 left" in stop(sweep)
-    assert len(pids(log)) == 1
-    assert "1 runs: 1 finished" in run("sweep", experiment, "--out", out).stderr
-
-
-def test_a_folder_that_all_nodes_see(tmp_path, cluster):
-    experiment = write_experiment(tmp_path, seeds=[1, 2])
-    arguments = ["--engine", "ray", "--address", cluster.address, "--shared-out"]
-    run_process("sweep", experiment, "--out", tmp_path / "out", *arguments)
-    run("sweep", experiment, "--out", tmp_path / "local")
-    assert policies(tmp_path / "out/grid") == policies(tmp_path / "local/grid")
-    assert f"--run-dir {tmp_path}/out/grid/A-v0__1" in (tmp_path / "out/grid/A-v0__1.log").read_text()
 
 
 @pytest.mark.parametrize(
