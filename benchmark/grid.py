@@ -60,13 +60,18 @@ class Run:
             return False
 
     def mark_finished(self) -> None:
-        beside = self.folder / "finished.json.tmp"
-        beside.write_text(json.dumps(self.settings) + "\n")
-        beside.replace(self.folder / "finished.json")
+        write_json(self.folder / "finished.json", self.settings)
 
 
 def has_run(folder: Path) -> bool:
     return (folder / "args.json").exists()
+
+
+def write_json(path: Path, content) -> None:
+    """A whole file stands there at any time."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
 
 
 def normalise(settings: dict, where: str) -> dict:

@@ -22,7 +22,7 @@ from pathlib import Path
 import training_process
 from display import Display
 from errors import Parser, UserError, run_main
-from grid import Run, has_run, make_runs, parse_overrides
+from grid import Run, has_run, make_runs, parse_overrides, write_json
 from local_engine import LOCKED, NOT_BEGUN, REFUSED, Ended, LocalEngine
 from origin import find_origin
 
@@ -143,9 +143,7 @@ def record_origin(path: Path, script: Path) -> None:
         origin = find_origin(script)
         if origin not in [{key: record[key] for key in origin} for record in records]:
             records.append({"started": time.strftime("%Y-%m-%d %H:%M:%S %z"), **origin})
-            beside = path.with_name(f"{path.name}.tmp")
-            beside.write_text(json.dumps(records, indent=2) + "\n")
-            beside.replace(path)
+            write_json(path, records)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read or written ({error})") from None
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import training_process
 from errors import Parser, UserError, run_main
-from grid import ROOT, to_arguments
+from grid import ROOT, to_arguments, write_json
 from origin import find_machine, find_origin
 
 SCRIPT = ROOT / "sac_continuous.py"
@@ -47,17 +47,6 @@ def has_amx() -> bool:
     import torch  # heavy, and not needed to refuse a wrong flag
 
     return torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-def write(path: Path, content: dict) -> None:
-    """A whole file stands there at any time. Raises UserError."""
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        beside.replace(path)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
 
 
 def run(command: list[str], log: Path, threads: int, device: str) -> None:
@@ -134,7 +123,10 @@ def compare(args, content: dict) -> None:
                 result = {"program": program, "threads": threads, "repeat": repeat, **result}
                 print(", ".join(f"{name} {value}" for name, value in result.items()), file=sys.stderr)
                 content["results"].append(result)
-                write(args.out, content)
+                try:
+                    write_json(args.out, content)
+                except OSError as error:
+                    raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
 
 
 def median_of(results: list[dict], quantity: str, **where) -> float | None:
@@ -183,8 +175,8 @@ def main() -> None:
     for threads in args.threads:
         if not 1 <= threads <= available:
             raise UserError(f"--threads {threads}: must be between 1 and {available}, the cores of this machine")
-    if args.out.exists() and not args.out.is_file():
-        raise UserError(f"--out {args.out}: is no file")
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        raise UserError(f"--out {args.out}: must be a file in a folder that exists")
     paths = ("out", "sb3_python", "sbx_python")  # mean nothing elsewhere; the peers' versions are in the results
     settings = {name: value for name, value in vars(args).items() if name not in paths}
     content = {"machine": find_machine(), **find_origin(SCRIPT), "settings": settings, "results": []}

@@ -234,6 +234,8 @@ def test_a_sweep_of_the_real_script(tmp_path):
     changed = run("sweep", experiment, "--out", tmp_path, "--tau", 0.5, code=2)
     assert "refused   Pendulum-v1__1" in changed.stderr and "tau" in changed.stderr
     run("plot", folder, "--out", tmp_path / "run.png")
+    run("temperature", tmp_path / "real", "--out", tmp_path / "temperature.png")
+    assert run("overestimation", tmp_path / "real").stdout.splitlines()[2].startswith("| Pendulum-v1 | real | 1 | ")
 
 
 def test_a_progress_bar_is_read_from_the_last_attempt_alone(tmp_path):
@@ -452,7 +454,7 @@ def test_scores_are_zero_for_random_and_one_for_the_published(tmp_path):
         ("throughput", ["--out", "x", "--threads", "999"], "--threads 999"),
         ("throughput", ["--out", "x", "--steps", "10"], "--steps 10"),
         ("throughput", ["--out", "x", "--steps", "501", "--env-id", "None-v0"], "None-v0"),
-        ("throughput", ["--out", "."], "is no file"),
+        ("throughput", ["--out", "."], "must be a file"),
     ],
 )
 def test_bad_input_to_the_others(results, tmp_path, monkeypatch, program, arguments, complaint):
