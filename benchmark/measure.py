@@ -62,7 +62,7 @@ def products_of_update(obs_dim: int, action_dim: int, batch: int, hidden: int) -
     ]
 
 
-def floor_ms(obs_dim: int, action_dim: int, batch: int, hidden: int, device: str, rounds: int = 200) -> dict:
+def floor_ms(obs_dim: int, action_dim: int, batch: int, hidden: int, device: str, rounds: int = 100) -> dict:
     """Median time in ms of one update's matrix products in float32: all of them, and the square hidden ones alone.
 
     On a CPU PyTorch multiplies with MKL or oneDNN, and which is faster depends on the CPU: the floor is the faster one.

@@ -161,7 +161,8 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on_to_the_same_policies(tmp_
 
     out = tmp_path / "out"
     arguments = command("sweep", experiment, "--out", out, "--jobs", 2, "--step-s", 0.05)
-    sweep = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    env = os.environ | {"TMPDIR": str(tmp_path)}  # where a killed sweep leaves an empty folder
+    sweep = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
     logs = [out / f"grid/A-v0__{seed}.log" for seed in (1, 2)]
     wait_until(lambda: all(log.exists() and "%|" in log.read_text() for log in logs))
     # As a terminal does: to the whole foreground group, in which the training processes are not.
