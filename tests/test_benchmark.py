@@ -26,6 +26,7 @@ import throughput
 import training_process
 import transfer
 from errors import UserError
+from scipy import stats
 
 import sac_continuous
 
@@ -384,6 +385,9 @@ def test_statistics_by_hand():
     sample = np.array([[0.0], [1.0], [2.0], [3.0], [100.0], [4.0], [5.0], [-90.0]])
     assert plot.interquartile_mean(sample, axis=0) == pytest.approx([2.5])  # of 1, 2, 3, 4
     assert plot.mean(sample, axis=0) == pytest.approx([25 / 8])
+    for count in range(1, 14):
+        values = np.random.default_rng(count).normal(size=(3, count))
+        assert plot.interquartile_mean(values, axis=1) == pytest.approx(stats.trim_mean(values, 0.25, axis=1))
     value, low, high = plot.with_interval([sample], plot.mean)
     assert low < value < high
     assert all(bound == value for bound in plot.with_interval([sample[:1]], plot.mean)[1:] for value in sample[0])
@@ -486,7 +490,7 @@ def test_throughput_measures_what_is_there(tmp_path, monkeypatch):
         *("throughput", "--out", tmp_path / "a.json", "--env-id", "Pendulum-v1", "--steps", 100, "--repeats", 1),
         *("--sb3-python", without, "--sbx-python", without),
     )
-    assert "Stable-Baselines3: " in result.stderr and "is not installed" in result.stderr
+    assert "Stable-Baselines3: " in result.stderr and result.stderr.count("is not installed") == 2
     assert "| SBX | not measured" in result.stdout and "at most" in result.stdout
     text = (tmp_path / "a.json").read_text()
     assert str(tmp_path) not in text and sys.executable not in text
