@@ -2,6 +2,7 @@
 """Sweeps on one machine, experiment files, curves and tables. What learns here is a stand-in that takes no time."""
 
 import csv
+import importlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tyro
 from sweeps import BENCHMARK, command, is_alive, last_start, pids, policies, run, wait_until, write_experiment
 
 for package in ("yaml", "rich", "scipy"):
@@ -101,6 +103,8 @@ def test_the_script_takes_every_experiment_of_the_repository():
         for one in grid.make_runs(experiment, Path("runs")):
             if one.script.name == "sac_continuous.py":
                 sac_continuous.parse_args(one.command()[2:])
+            else:
+                tyro.cli(importlib.import_module(one.script.stem).Args, args=one.command()[2:])
 
 
 # ------------------------------------------------------------------------------------------------- local sweeps
