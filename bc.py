@@ -1,727 +1,109 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "filelock==4.2.11",
-#     "gymnasium[mujoco]==1.4.0",
-#     "moviepy==2.2.1",
-#     "mujoco==4.0.0",
-#     "numpy==2.4.6",
-#     "pillow==11.3.0",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
-# ]
-# ///
 """Behavioural cloning (BC) for continuous control, in one file: a Gaussian policy fitted to demonstrations.
 
-Papers:
-    Pomerleau 1991, "Efficient Training of Artificial Neural Networks for Autonomous Navigation", Neural Computation 3
-    Ross, Gordon and Bagnell 2011, "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online
-        Learning", arXiv:1011.0686 (why a clone drifts from its demonstrations; dagger.py is the remedy)
-The defaults are those of homework 1 of Berkeley's CS285, fall 2023.
-
-Example:
     python bc.py --env-id Hopper-v4
-    python bc.py --env-id Ant-v4 --expert-data expert_data_Ant-v4.pkl --expert expert_policy_Ant-v4.pkl
 
-Writes a run folder, runs/ENV__EXP__SEED__TIME by default: args.json (settings), progress.csv (a row per evaluation),
-events.out.tfevents.* (TensorBoard), policy.pt (the policy alone), checkpoint.pt (all that --resume needs) and, with
---capture-video, videos/*.mp4.
+Pomerleau 1991, "Efficient Training of Artificial Neural Networks for Autonomous Navigation". Why a clone drifts from
+its demonstrations: Ross, Gordon and Bagnell 2011, arXiv:1011.0686, whose remedy is dagger.py.
+Writes a run folder, runs/ENV__EXP__SEED__TIME: args.json (settings), progress.csv (a row per evaluation), policy.pt,
+TensorBoard's events and, with --capture-video, videos/*.mp4.
 """
 
 import contextlib
-import csv
+import copy
 import dataclasses
-import difflib
-import importlib.metadata
-import io
 import itertools
 import json
 import math
 import os
-import pickle
-import shlex
-import signal
-import subprocess
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from types import SimpleNamespace
+from typing import Literal
 
-import filelock
 import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageDraw, ImageFont
-from tensorboard.compat.proto.summary_pb2 import Summary
+from gymnasium.utils.save_video import save_video
+from tensorboardX import SummaryWriter
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
-    env_id: str = "Hopper-v4"
-    """Gymnasium environment: flat Box observations, bounded Box actions"""
-    env_kwargs: str = "{}"
-    """JSON for gym.make, as '{"use_contact_forces": true}' for Ant-v4"""
-    max_episode_steps: int | None = None
-    """replaces the environment's own limit"""
-    seed: int = 1
-    """seeds everything; the same seed on the same machine gives the same bytes"""
-    exp_name: str = "bc"
-    """name of the experiment, part of the run folder's name"""
-    run_dir: str | None = None
-    """run folder (default: runs/ENV__EXP__SEED__TIME)"""
-    resume: str | None = None
-    """run folder of a stopped run: continue it as if it had never stopped"""
-    evaluate: str | None = None
-    """no training: evaluate this policy file or run folder and print its return"""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
-    torch_threads: int = 0
-    """CPU threads for PyTorch; 0 leaves its default"""
+    env_id: str = "Hopper-v4"  # Gymnasium environment: flat Box observations, bounded Box actions
+    env_kwargs: str = "{}"  # JSON for gym.make, as '{"use_contact_forces": true}' for Ant-v4
+    max_episode_steps: int | None = None  # replaces the environment's own limit
+    seed: int = 1  # seeds everything; the same seed on the same machine gives the same bytes
+    exp_name: str = "bc"  # name of the experiment, part of the run folder's name
+    run_dir: str | None = None  # run folder (default: runs/ENV__EXP__SEED__TIME)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    torch_threads: int = 0  # CPU threads for PyTorch; 0 leaves its default
 
-    expert_data: str | None = None
-    """demonstrations: a .npz or .pkl file, or minari:DATASET-ID (default: the expert makes them)"""
-    expert: str | None = None
-    """expert: a policy.pt, a run folder or a .pkl (default without --expert-data: experts/ENV.pt)"""
-    num_trajectories: int | None = None
-    """demonstrated episodes to use (default: all of the data; 2 where the expert makes them)"""
-    save_data: str | None = None
-    """write the demonstrations to this .npz file"""
-    validation_fraction: float = 0.1
-    """share of the demonstrated steps that is held out for the validation loss"""
+    expert_data: str | None = None  # demonstrations, a .npz (default: the expert makes them)
+    expert: str | None = None  # policy.pt or run folder of the expert (default without --expert-data: experts/ENV.pt)
+    num_trajectories: int | None = None  # demonstrated episodes to use (default: all; 2 where the expert makes them)
+    validation_fraction: float = 0.1  # held out for the validation loss: whole episodes if it makes one, else steps
 
-    train_steps: int = 1_000
-    """gradient steps"""
-    batch_size: int = 100
-    """demonstrated steps in a batch, drawn without replacement"""
-    learning_rate: float = 5e-3
-    """Adam's learning rate"""
-    loss: Literal["nll", "mse"] = "nll"
-    """negative log-likelihood, or squared error of the mean action"""
+    train_steps: int = 1_000  # gradient steps
+    batch_size: int = 100  # demonstrated steps in a batch, drawn without replacement
+    learning_rate: float = 5e-3  # Adam's
+    loss: Literal["nll", "mse"] = "nll"  # negative log-likelihood, or squared error of the mean action
+    hidden_size: int = 64  # units of a hidden layer
+    num_layers: int = 2  # hidden layers
+    activation: Literal["relu", "tanh", "leaky-relu", "selu", "silu"] = "tanh"  # non-linearity of the hidden layers
 
-    hidden_size: int = 64
-    """units of a hidden layer"""
-    num_layers: int = 2
-    """hidden layers"""
-    activation: Literal["relu", "tanh", "leaky-relu", "selu", "silu"] = "tanh"
-    """non-linearity of the hidden layers"""
-
-    eval_every: int = 500
-    """gradient steps between evaluations and checkpoints; the last step always has both"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, for the mean action and for sampled actions each"""
-    log_every: int = 100
-    """gradient steps between TensorBoard points"""
-    capture_video: bool = False
-    """record evaluation episodes as mp4"""
-    video_every: int = 10
-    """evaluations between recordings; the last one is always recorded"""
-    video_episodes: int = 1
-    """episodes of a recording"""
-    render: bool = False
-    """with --evaluate: show the episodes in a window"""
+    eval_every: int = 500  # gradient steps between evaluations; the last step is always evaluated
+    eval_episodes: int = 10  # episodes of an evaluation, for the mean action and for sampled actions each
+    log_every: int = 100  # gradient steps between TensorBoard points
+    capture_video: bool = False  # record an evaluation episode as mp4
+    video_every: int = 10  # evaluations between recordings; the last one is always recorded
 
 
-# What --resume may change, and what --evaluate listens to.
-RESUME_MAY_CHANGE = {"resume", "eval_every", "eval_episodes", "train_steps", "device", "torch_threads"}
-RESUME_MAY_CHANGE |= {"capture_video", "video_every", "video_episodes"}
-EVALUATE_USES = {"evaluate", "env_id", "env_kwargs", "max_episode_steps", "eval_episodes", "device", "torch_threads"}
-EVALUATE_USES |= {"capture_video", "video_episodes", "render"}
-
-
-class UserError(Exception):
-    """Something the user can mend: one line that says what is wrong, where, and what to do. Exit code 2."""
-
-
-class RunError(Exception):
-    """Training could not go on (a full disk, a loss that became NaN). Exit code 1."""
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def check_args(args: Args) -> None:
-    """Raises UserError for numbers out of range and for settings that contradict each other."""
-    counts = "train_steps batch_size num_trajectories hidden_size num_layers eval_every eval_episodes log_every"
-    counts += " max_episode_steps video_every video_episodes"
-    ranges = [
-        ("at least 1, at most 2^31", lambda x: 1 <= x <= 2**31, counts),
-        ("0 or more", lambda x: 0 <= x < 2**63, "seed"),
-        ("from 0 to 1024", lambda x: 0 <= x <= 1024, "torch_threads"),
-        ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate"),
-        ("0 or more and below 1", lambda x: 0 <= x < 1, "validation_fraction"),
-    ]
-    for field in dataclasses.fields(Args):
-        if getattr(args, field.name) == "":
-            raise UserError(f"{flag(field.name)} is empty: give it a value or leave it out")
-    for meaning, holds, names in ranges:
-        for name in names.split():
-            value = getattr(args, name)
-            if isinstance(value, int | float) and not holds(value):
-                raise UserError(f"{flag(name)} {value}: must be {meaning}")
-
-    silent = not args.capture_video
-    contradictions = [
-        ("video_every capture_video", silent and args.video_every != Args.video_every, "nothing is recorded"),
-        ("video_episodes capture_video", silent and args.video_episodes != Args.video_episodes, "nothing is recorded"),
-        ("render evaluate", args.render and not args.evaluate, "a window shows evaluations of --evaluate"),
-        ("render capture_video", args.render and args.capture_video, "show or record"),
-    ]
-    for names, wrong, why in contradictions:
-        if wrong:
-            pair = " and ".join(f"{flag(name)} {getattr(args, name)}" for name in names.split())
-            raise UserError(f"{pair} contradict each other: {why}")
-    if args.save_data and not args.save_data.endswith(".npz"):
-        raise UserError(f"--save-data {args.save_data}: must end in .npz")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line as checked settings. --resume starts from the saved ones, --evaluate from the policy's."""
-    args = tyro.cli(Args, args=argv, description="Behavioural cloning for continuous control.")
-    if args.resume and args.evaluate:
-        raise UserError("--resume and --evaluate contradict each other: give one of them")
-    if args.resume:
-        saved = read_args(Path(args.resume))
-        args = tyro.cli(Args, args=argv, default=dataclasses.replace(saved, resume=args.resume))
-        differ = [
-            f"{flag(field.name)} {getattr(args, field.name)} (saved: {getattr(saved, field.name)})"
-            for field in dataclasses.fields(Args)
-            if field.name not in RESUME_MAY_CHANGE and getattr(args, field.name) != getattr(saved, field.name)
-        ]
-        if differ:
-            raise UserError(f"--resume {args.resume}: the run has other settings, leave out {', '.join(differ)}")
-    elif args.evaluate:
-        policy = load_policy(args.evaluate)
-        saved = {name: policy[name] for name in ("env_id", "env_kwargs", "max_episode_steps")}
-        args = tyro.cli(Args, args=argv, default=Args(**saved))
-        unused = [
-            flag(field.name)
-            for field in dataclasses.fields(Args)
-            if field.name not in EVALUATE_USES and getattr(args, field.name) != field.default
-        ]
-        if unused:
-            raise UserError(f"--evaluate trains nothing and contradicts {', '.join(unused)}: leave one side out")
-    check_args(args)
-    return args
-
-
-# ---------------------------------------------------------------------------------------------------- environment
-
-
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """The environment with actions in [-1, 1]^action_dim, rescaled to its own bounds. Raises UserError."""
-    if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
-        if render_mode == "human":
-            raise UserError("--render: there is no display (DISPLAY is not set); record with --capture-video instead")
-        os.environ.setdefault("MUJOCO_GL", "egl")  # the way to draw without a display
-    # A user can act on neither: MuJoCo's remarks on Gymnasium's model files (which it also writes to MUJOCO_LOG.TXT)
-    # and Gymnasium's advice to take another version of the environment than the one asked for.
-    mujoco.set_mju_user_warning(lambda message: None)
-    gym.logger.min_level = gym.logger.ERROR
-
-    try:
-        kwargs = json.loads(args.env_kwargs)
-        if not isinstance(kwargs, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise UserError(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})") from None
-    if render_mode:
-        kwargs["render_mode"] = render_mode
-    try:
-        env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps, **kwargs)
-    except gym.error.UnregisteredEnv:
-        near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see gymnasium.registry for those there are"
-        raise UserError(f"--env-id {args.env_id}: no such environment; {hint}") from None
-    except Exception as error:  # an environment's constructor may raise anything
-        reason = " ".join(str(error).split())
-        what = f"drawn as {render_mode}" if render_mode else "made"
-        raise UserError(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: cannot be {what}: {reason}") from None
-
-    if render_mode:
-        follow(env)
-    obs_space, action_space = env.observation_space, env.action_space
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        raise UserError(f"--env-id {args.env_id}: observations are {obs_space}; supported are flat Box observations")
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
-        raise UserError(f"--env-id {args.env_id}: actions are {action_space}; supported are flat bounded Box actions")
-    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
-
-
-def follow(env: gym.Env) -> None:
-    """Takes the camera that follows the robot, where a MuJoCo model has one; Gymnasium's own choice stays behind."""
-    if hasattr(env.unwrapped, "mujoco_renderer"):
-        renderer = env.unwrapped.mujoco_renderer
-        renderer.camera_id = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # for frames
-        if renderer.camera_id >= 0:  # for a window
-            renderer.default_cam_config = {"type": mujoco.mjtCamera.mjCAMERA_FIXED, "fixedcamid": renderer.camera_id}
-
-
-class FrameText(gym.Wrapper):
-    """Writes the step, its reward and the return so far on each frame."""
-
-    def reset(self, **kwargs):
-        self.steps, self.reward, self.episode_return = 0, 0.0, 0.0
-        return self.env.reset(**kwargs)
-
-    def step(self, action):
-        result = self.env.step(action)
-        self.steps, self.reward = self.steps + 1, float(result[1])
-        self.episode_return += self.reward
-        return result
-
-    def render(self) -> np.ndarray:
-        """The frame, (height, width, 3) bytes."""
-        image = Image.fromarray(self.env.render())
-        text = f"step {self.steps}   reward {self.reward:.2f}   return {self.episode_return:.1f}"
-        font = ImageFont.load_default(size=image.width / 24)
-        ImageDraw.Draw(image).text((10, 8), text, "white", font, stroke_width=2, stroke_fill="black")
-        return np.asarray(image)
-
-
-class RealSpeed(gym.Wrapper):
-    """Steps no faster than time passes in the simulation, for a window."""
-
-    def reset(self, **kwargs):
-        self.due = time.perf_counter()
-        return self.env.reset(**kwargs)
-
-    def step(self, action):
-        self.due += 1 / self.metadata.get("render_fps", 30)
-        time.sleep(max(0, self.due - time.perf_counter()))
-        return self.env.step(action)
-
-
-def rollout(act: Callable, envs: list[gym.Env], seeds: list[int]) -> list[dict[str, np.ndarray]]:
-    """One episode in each environment, side by side so that the policy sees them as a batch.
-
-    act: obs (n, obs_dim) -> action (n, action_dim), tensors on the CPU. Environment i is reset with seeds[i].
-    Returns for each episode: observations (T, obs_dim), actions (T, action_dim) as the policy gave them, rewards,
-    terminations and truncations, (T,) each.
-    """
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]).astype(np.float32)
-    steps = [[] for _ in envs]
-    running = np.arange(len(envs))
-    while len(running):
-        actions = act(torch.from_numpy(obs[running])).numpy()
-        still_running = []
-        for i, action in zip(running, actions, strict=True):
-            next_obs, reward, terminated, truncated, _ = envs[i].step(action)
-            steps[i].append((obs[i].copy(), action, reward, terminated, truncated))
-            obs[i] = next_obs
-            if not (terminated or truncated):
-                still_running.append(i)
-        running = np.array(still_running, dtype=int)
-    return [dict(zip(FIELDS, map(np.array, zip(*episode, strict=True)), strict=True)) for episode in steps]
-
-
-# ------------------------------------------------------------------------------------------------------- networks
-
+# ------------------------------------------------------------------------------------------------------------ network
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "leaky-relu": nn.LeakyReLU, "selu": nn.SELU, "silu": nn.SiLU}
-LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
 
 class Actor(nn.Module):
-    """Gaussian policy, squashed by tanh into [-1, 1]^action_dim unless told otherwise.
+    """Gaussian policy, squashed by tanh into [-1, 1]^action_dim if args.squash is set, as experts of SAC are."""
 
-    The log standard deviation is clamped to [-20, 2], as in sac_continuous.py.
-    """
-
-    def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        hidden_size: int = 256,
-        num_layers: int = 2,
-        activation: str = "relu",
-        actor_std: str | float = "state",
-        squash: bool = True,
-    ):
+    def __init__(self, obs_dim: int, action_dim: int, args: SimpleNamespace):
         super().__init__()
-        sizes = [obs_dim, *[hidden_size] * num_layers]
         layers = []
-        for fan_in, fan_out in itertools.pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], action_dim * (2 if actor_std == "state" else 1)))
-        self.squash = squash
-        if actor_std == "shared":
+        for fan_in, fan_out in itertools.pairwise([obs_dim, *[args.hidden_size] * args.num_layers]):
+            layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[args.activation]()]
+        self.squash, self.std_from_net = args.squash, args.actor_std == "state"
+        self.net = nn.Sequential(*layers, nn.Linear(args.hidden_size, action_dim * (2 if self.std_from_net else 1)))
+        if args.actor_std == "shared":
             self.log_std = nn.Parameter(torch.zeros(action_dim))
-        elif actor_std != "state":
-            self.register_buffer("log_std", torch.full((action_dim,), math.log(actor_std)))
-        self.std_from_net = actor_std == "state"
+        elif args.actor_std != "state":
+            self.register_buffer("log_std", torch.full((action_dim,), math.log(args.actor_std)))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (batch, obs_dim) -> mean and log_std of the Gaussian before the tanh, each (batch, action_dim)."""
         out = self.net(obs)
         mean, log_std = out.chunk(2, dim=-1) if self.std_from_net else (out, self.log_std.expand_as(out))
-        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-
-    def to_action(self, u: torch.Tensor) -> torch.Tensor:
-        return u.tanh() if self.squash else u
+        return mean, log_std.clamp(-20, 2)
 
     def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic policy that evaluations follow. Returns (batch, action_dim)."""
-        return self.to_action(self(obs)[0])
+        mean, _ = self(obs)
+        return mean.tanh() if self.squash else mean
 
+    def sample(self, obs: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+        """Sampled actions (batch, action_dim)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * torch.randn(mean.shape, generator=noise)
+        return u.tanh() if self.squash else u
 
-# ------------------------------------------------------------------------------------------------- demonstrations
-# Demonstrations are a dict of arrays, episodes in a row: observations (N, obs_dim) and actions (N, action_dim)
-# float32, rewards (N,) float32, terminations and truncations (N,) bool; an episode ends where either flag is set.
-# In memory, as for the networks, actions are in [-1, 1]^action_dim, or beyond where the demonstrator went beyond the
-# bounds; in files they are in the environment's own units.
 
-FIELDS = {
-    "observations": np.float32,
-    "actions": np.float32,
-    "rewards": np.float32,
-    "terminations": np.bool_,
-    "truncations": np.bool_,
-}
-MAX_DATA_BYTES = 2**34  # unpacked, so that a small file cannot fill the memory
-
-
-def action_scale(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
-    """The (action_dim,) centre and half width of the environment's own bounds: own units = centre + half_width a."""
-    space = env.unwrapped.action_space
-    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-    return (low + high) / 2, (high - low) / 2
-
-
-def some_of(obs: np.ndarray, count: int = 2_000) -> torch.Tensor:
-    """Every n-th of the observations (N, obs_dim), so that there are at most `count`."""
-    return torch.from_numpy(obs[:: math.ceil(len(obs) / count)].copy())
-
-
-def join(episodes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
-
-
-class PickledDtype:
-    """Stands in for numpy.dtype: the plain numbers alone."""
-
-    def __init__(self, code: str, *_):
-        if code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
-            raise pickle.UnpicklingError(f"arrays of dtype {code!r} are refused")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple):
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class PickledArray:
-    """Stands in for numpy.ndarray; what was pickled is in .array."""
-
-    def __init__(self):
-        self.array = None
-
-    def __setstate__(self, state: tuple):
-        _, shape, dtype, fortran_order, data = state
-        self.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran_order else "C")
-
-
-def pickled_array(buffer: bytes, dtype: PickledDtype, shape: tuple, order: str) -> PickledArray:
-    result = PickledArray()
-    result.__setstate__((1, shape, dtype, order == "F", buffer))
-    return result
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays of numbers in plain containers and calls nothing that a file names.
-
-    Not even NumPy's own constructors: numpy.ndarray itself makes an object array of any bytes, that is, of forged
-    pointers. The names that pickled arrays need are replaced by stand-ins, every other name is refused.
-    """
-
-    stand_ins: ClassVar[dict] = {
-        ("numpy", "ndarray"): PickledArray,
-        ("numpy", "dtype"): PickledDtype,
-        ("numpy._core.multiarray", "_reconstruct"): lambda *_: PickledArray(),
-        ("numpy._core.multiarray", "scalar"): lambda dtype, data: np.frombuffer(data, dtype.dtype)[0],
-        ("numpy._core.numeric", "_frombuffer"): pickled_array,
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
-    }
-
-    def find_class(self, module: str, name: str):
-        try:
-            return self.stand_ins[module.replace("numpy.core.", "numpy._core."), name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, refused: only arrays and containers") from None
-
-
-def unpickle(path: str):
-    """A foreign pickle of arrays in plain containers. Runs no code from it. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            return ArrayUnpickler(file).load()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # damaged pickles raise almost anything
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: damaged, cut short or not a pickle of arrays ({reason})") from None
-
-
-def numbers(path: str, where: str, value) -> np.ndarray:
-    """A pickled array, or a list of numbers, as an array that holds numbers. Raises UserError."""
-    try:
-        array = np.asarray(value.array if isinstance(value, PickledArray) else value)
-    except ValueError:  # lists of unequal lengths
-        array = None
-    if array is None or array.dtype.kind not in "fiub":
-        raise UserError(f"{path}: {where} is not an array of numbers")
-    return array
-
-
-def read_pickle(path: str, episode_limit: int | None) -> dict[str, np.ndarray]:
-    """Demonstrations of Berkeley's CS285: a list of dicts with observation, action, reward, terminal, a row a step.
-
-    Its terminal is also set where an episode was truncated: one that lasted for episode_limit steps was.
-    """
-    trajectories = unpickle(path)
-    keys = ("observation", "action", "reward", "terminal")
-    if not isinstance(trajectories, list) or not all(isinstance(t, dict) and {*keys} <= {*t} for t in trajectories):
-        raise UserError(f"{path}: expected a list of dicts with {', '.join(keys)}")
-    episodes = []
-    for i, trajectory in enumerate(trajectories):
-        arrays = [numbers(path, f"{key} of trajectory {i}", trajectory[key]) for key in keys]
-        lengths = [len(array) if array.ndim else 0 for array in arrays]
-        if len(set(lengths)) > 1:
-            described = ", ".join(f"{key} {length}" for key, length in zip(keys, lengths, strict=True))
-            raise UserError(f"{path}: trajectory {i} has arrays of unequal lengths: {described}")
-        if lengths[0]:
-            last = np.arange(lengths[0]) == lengths[0] - 1
-            cut = last & (lengths[0] == episode_limit)
-            episodes.append(dict(zip(FIELDS, [*arrays[:3], last & ~cut, cut], strict=True)))
-    if not episodes:
-        raise UserError(f"{path}: no demonstrations in it")
-    if sum(array.nbytes for episode in episodes for array in episode.values()) > MAX_DATA_BYTES:
-        raise UserError(f"{path}: unpacks to more than {MAX_DATA_BYTES >> 30} GiB")
-    try:
-        return join(episodes)
-    except ValueError as error:
-        raise UserError(f"{path}: its trajectories do not fit each other ({error})") from None
-
-
-def read_npz(path: str) -> tuple[dict[str, np.ndarray], str]:
-    """Demonstrations and env_id of a file that save_demonstrations wrote. Raises UserError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()) > MAX_DATA_BYTES:
-                raise ValueError(f"unpacks to more than {MAX_DATA_BYTES >> 30} GiB")
-        with np.load(path, allow_pickle=False) as file:
-            return {field: file[field] for field in FIELDS}, str(file["env_id"])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # damaged archives raise almost anything
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: damaged, cut short or not demonstrations ({reason})") from None
-
-
-def read_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], str | None]:
-    """Demonstrations and, where the dataset tells it, env_id. Downloads what is not there. Raises UserError."""
-    try:
-        import minari
-    except ImportError:
-        raise UserError(
-            f"--expert-data minari:{dataset_id}: needs the package minari: pip install 'minari[hdf5,hf]'"
-        ) from None
-    try:
-        dataset = minari.load_dataset(dataset_id, download=True)
-        episodes = [
-            {field: getattr(episode, field)[: len(episode.actions)] for field in FIELDS}  # one observation more
-            for episode in dataset.iterate_episodes()
-        ]
-        demonstrations = join(episodes)
-    except Exception as error:  # no such dataset, no network, spaces that are not arrays
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--expert-data minari:{dataset_id}: cannot be loaded ({reason})") from None
-    return demonstrations, dataset.env_spec.id if dataset.env_spec else None
-
-
-def load_demonstrations(args: Args, env: gym.Env) -> dict[str, np.ndarray]:
-    """The first --num-trajectories episodes of --expert-data, checked against the environment. Raises UserError."""
-    path, env_id = args.expert_data, None
-    if path.startswith("minari:"):
-        data, env_id = read_minari(path.removeprefix("minari:"))
-    elif path.endswith(".npz"):
-        data, env_id = read_npz(path)
-    elif path.endswith(".pkl"):
-        data = read_pickle(path, env.spec.max_episode_steps)
-    else:
-        raise UserError(f"--expert-data {path}: must be a .npz file, a .pkl file or minari:DATASET-ID")
-
-    shapes = {field: array.shape for field, array in data.items()}
-    if any(array.dtype.kind not in "fiub" for array in data.values()):
-        raise UserError(f"{path}: holds arrays that are not numbers")
-    if any(len(shape) != (2 if field in ("observations", "actions") else 1) for field, shape in shapes.items()):
-        raise UserError(f"{path}: observations and actions must have two dimensions, all else one; found {shapes}")
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        raise UserError(f"{path}: arrays of unequal lengths: {shapes}")
-    if shapes["observations"][0] == 0:
-        raise UserError(f"{path}: no demonstrations in it")
-    for field, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if shapes[field][1:] != space.shape:
-            found, needed = shapes[field][1], space.shape[0]
-            raise UserError(f"{path}: its {field} have {found} numbers, those of {args.env_id} have {needed}")
-    if env_id not in (None, args.env_id):
-        raise UserError(f"{path}: demonstrates {env_id}, not --env-id {args.env_id}")
-
-    ends = np.flatnonzero(data["terminations"].astype(bool) | data["truncations"].astype(bool)) + 1
-    if len(ends) == 0 or ends[-1] < shapes["actions"][0]:
-        ends = np.append(ends, shapes["actions"][0])  # the last episode was cut off
-    num_trajectories = args.num_trajectories or len(ends)
-    if num_trajectories > len(ends):
-        raise UserError(f"--num-trajectories {num_trajectories}: {path} has {len(ends)}")
-    for field, dtype in FIELDS.items():
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-            data[field] = data[field][: ends[num_trajectories - 1]].astype(dtype, copy=False)
-        if not np.isfinite(data[field]).all():
-            raise UserError(f"{path}: NaN or infinity in its {field}")
-    centre, half_width = action_scale(env)
-    data["actions"] -= centre
-    data["actions"] /= half_width
-    return data
-
-
-def save_demonstrations(data: dict[str, np.ndarray], env_id: str, env: gym.Env, path: Path) -> None:
-    """Writes the .npz file that --expert-data reads, actions in the environment's own units."""
-    centre, half_width = action_scale(env)
-    arrays = data | {"actions": centre + half_width * data["actions"]}
-    with replacing(path) as file:
-        np.savez(
-            file, env_id=np.array(env_id), **{field: arrays[field].astype(dtype) for field, dtype in FIELDS.items()}
-        )
-
-
-def episode_returns(data: dict[str, np.ndarray]) -> np.ndarray:
-    """The sum of rewards of each episode, (num_episodes,)."""
-    ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
-    starts = np.append(0, ends[ends < len(data["rewards"])])
-    return np.add.reduceat(data["rewards"].astype(np.float64), starts)
-
-
-def demonstrate(expert: nn.Module, env: gym.Env, args: Args) -> dict[str, np.ndarray]:
-    """Demonstrations by the expert's mean action: as many episodes as --num-trajectories, 2 by default."""
-    count = args.num_trajectories or 2
-    seeds = torch.randint(2**31, (count,), generator=stream(DEMONSTRATIONS, args.seed)).tolist()
-    return join([rollout(policy_of(expert), [env], [seed])[0] for seed in seeds])
-
-
-DEMONSTRATIONS, SPLIT, BATCHES, EVALUATION = range(4)
-
-
-def stream(*key: int) -> torch.Generator:
-    """A random stream of its own for each purpose: none shifts another, and none has a state to save.
-
-    key: the purpose, what counts within it, and the seed.
-    """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
-def batches(rows: torch.Tensor, batch_size: int, seed: int, first_step: int = 0) -> Iterator[torch.Tensor]:
-    """Batch after batch (batch_size,) of the rows, from first_step on: each pass over the rows is in a new order.
-
-    What is left of a pass and does not fill a batch is dropped.
-    """
-    in_a_pass = len(rows) // batch_size
-    for i in itertools.count(first_step // in_a_pass):
-        order = torch.randperm(len(rows), generator=stream(BATCHES, i, seed)).to(rows.device)
-        yield from rows[order].split(batch_size)[max(0, first_step - i * in_a_pass) : in_a_pass]
-
-
-# --------------------------------------------------------------------------------------------------------- expert
-
-
-class PickledExpert(nn.Module):
-    """The expert of Berkeley's CS285, a Gaussian policy that acts with its mean.
-
-    obs -> (obs - mean) / (std + 1e-6) -> hidden layers -> mean action in the environment's own units.
-    """
-
-    def __init__(self, path: str, env: gym.Env):
-        super().__init__()
-        policy = unpickle(path)
-        try:
-            nonlinearity = {"tanh": nn.Tanh, "lrelu": nn.LeakyReLU}[policy["nonlin_type"]]
-            policy = policy["GaussianPolicy"]
-            moments = policy["obsnorm"]["Standardizer"]
-            hidden = policy["hidden"]["FeedforwardNet"]
-            affine = [hidden[name]["AffineLayer"] for name in sorted(hidden)] + [policy["out"]["AffineLayer"]]
-            mean, mean_square = (numbers(path, name, moments[name]).reshape(-1) for name in ("mean_1_D", "meansq_1_D"))
-            weights = [(numbers(path, "W", layer["W"]), numbers(path, "b", layer["b"])) for layer in affine]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a policy of CS285 ({type(error).__name__}: {error})") from None
-        sizes = [len(np.atleast_1d(weights[0][0])), *(bias.size for _, bias in weights)]
-        if any(w.shape != shape for (w, _), shape in zip(weights, itertools.pairwise(sizes), strict=True)):
-            raise UserError(f"{path}: its layers do not fit each other: {[w.shape for w, _ in weights]}")
-        # What is left out there: contact forces, six for each body, which Ant-v4 observed once and now does on request.
-        obs_dim, model = env.observation_space.shape[0], getattr(env.unwrapped, "model", None)
-        self.num_missing = sizes[0] - obs_dim if model and sizes[0] - obs_dim == 6 * model.nbody else 0
-        check_sizes(path, sizes[0] - self.num_missing, sizes[-1], env)
-        if mean.size != sizes[0] or mean_square.size != sizes[0]:
-            raise UserError(f"{path}: it standardises {mean.size} observations and takes {sizes[0]}")
-
-        layers = []
-        for weight, bias in weights:
-            linear = nn.Linear(*weight.shape)
-            linear.load_state_dict({"weight": torch.tensor(weight.T.copy()), "bias": torch.tensor(bias.reshape(-1))})
-            layers += [linear, nonlinearity()]
-        self.net = nn.Sequential(*layers[:-1])
-        std = np.sqrt(np.maximum(0, mean_square - np.square(mean))) + 1e-6
-        centre, half_width = action_scale(env)
-        constants = {"mean": mean, "std": std, "centre": centre, "half_width": half_width}
-        for name, value in constants.items():
-            self.register_buffer(name, torch.tensor(value.reshape(-1), dtype=torch.float32))
-        if not all(value.isfinite().all() for value in self.state_dict().values()):
-            raise UserError(f"{path}: its weights are not finite")
-
-    def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
-        """(batch, obs_dim) -> (batch, action_dim), unbounded, where [-1, 1] spans the environment's bounds."""
-        obs = F.pad(obs, (0, self.num_missing))
-        return (self.net((obs - self.mean) / self.std) - self.centre) / self.half_width
-
-
-def check_sizes(path: str, obs_dim: int, action_dim: int, env: gym.Env) -> None:
-    """Raises UserError if a policy is for another environment."""
-    sizes = (env.observation_space.shape[0], env.action_space.shape[0])
-    if (obs_dim, action_dim) != sizes:
-        raise UserError(
-            f"{path}: a policy for {obs_dim} observations and {action_dim} actions, {env.spec.id} has {sizes[0]} "
-            f"and {sizes[1]}"
-        )
-
-
-def load_expert(args: Args, env: gym.Env) -> nn.Module:
-    """--expert, or experts/ENV.pt beside this script: a network with a mean_action. Raises UserError."""
-    default = Path(__file__).parent / "experts" / f"{args.env_id}.pt"
-    if not args.expert and not default.exists():
-        raise UserError(f"--env-id {args.env_id}: there is no expert for it; give --expert or --expert-data")
-    path = args.expert or str(default)
-    if path.endswith(".pkl"):
-        return PickledExpert(path, env)
-    policy = load_policy(path)
-    check_sizes(path, policy["obs_dim"], policy["action_dim"], env)
-    if policy["env_id"] != args.env_id:
-        raise UserError(f"--expert {path}: it acts in {policy['env_id']}, not in --env-id {args.env_id}")
-    return policy["actor"]
-
-
-# --------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------------------------- losses
 # Functions of the policy's mean and log_std and of the demonstrated action, (batch, action_dim) each; scalars.
-
-
 def nll_loss(mean: torch.Tensor, log_std: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     """E[-log pi(a|s)], the negative log-likelihood of a diagonal Gaussian, summed over the action's dimensions."""
     noise = (action - mean) * (-log_std).exp()
@@ -734,10 +116,7 @@ def mse_loss(mean: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 
 
 def bc_loss(actor: Actor, obs: torch.Tensor, action: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what to differentiate and the loss to report.
-
-    Squared error says nothing about the standard deviation: it is fitted by likelihood, with the mean held fixed.
-    """
+    """Returns what to differentiate and what to report. With mse the deviation alone is fitted by likelihood."""
     mean, log_std = actor(obs)
     if kind == "nll":
         loss = nll_loss(mean, log_std, action)
@@ -746,533 +125,293 @@ def bc_loss(actor: Actor, obs: torch.Tensor, action: torch.Tensor, kind: str) ->
     return loss + nll_loss(mean.detach(), log_std, action), loss.detach()
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """Differentiates for this optimiser's parameters alone: no other network sees a gradient."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
-    optimizer.step()
+# ----------------------------------------------------------------------------------------------------- demonstrations
+# Arrays, episodes in a row: observations (N, obs_dim) and actions (N, action_dim) float32, rewards (N,) float32,
+# terminations and truncations (N,) bool, either of which ends an episode. In files actions are in the environment's own
+# units, in memory they are scaled as the network's: [-1, 1] spans the bounds.
+FIELDS = {"observations": "f4", "actions": "f4", "rewards": "f4", "terminations": "?", "truncations": "?"}
+DEMONSTRATIONS, SPLIT, BATCHES, EVALUATION = range(4)
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation
-
-EVALUATION_SEED = 1_000  # of the first episode of every evaluation of every run
-
-
-def policy_of(actor: nn.Module, noise: torch.Generator | None = None) -> Callable:
-    """The actor as a function for rollout: its mean action, or with noise a sampled one."""
-    device = next(actor.parameters()).device
-
-    @torch.no_grad()
-    def act(obs: torch.Tensor) -> torch.Tensor:
-        if noise is None:
-            return actor.mean_action(obs.to(device)).cpu()
-        mean, log_std = actor(obs.to(device))
-        return actor.to_action(mean + log_std.exp() * torch.randn(mean.shape, generator=noise).to(device)).cpu()
-
-    return act
+def stream(*key: int) -> torch.Generator:
+    """A random stream for each purpose, so that none shifts another. key: the purpose, what counts in it, the seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
-def evaluate(actor: nn.Module, envs: list[gym.Env], noise: torch.Generator | None = None, first: int = 0) -> dict:
-    """One episode in each environment of the mean action, or with noise of sampled ones.
-
-    Episode i starts from the seed EVALUATION_SEED + first + i. Returns, per episode: returns, lengths and
-    observations (T, obs_dim).
-    """
-    seeds = [EVALUATION_SEED + first + i for i in range(len(envs))]
-    episodes = rollout(policy_of(actor, noise), envs, seeds)
-    returns = np.array([episode["rewards"].sum() for episode in episodes])
-    lengths = np.array([len(episode["rewards"]) for episode in episodes])
-    return {"returns": returns, "lengths": lengths, "observations": [episode["observations"] for episode in episodes]}
-
-
-def distance_from_demonstrations(episodes: list[np.ndarray], demonstrated: torch.Tensor) -> np.ndarray:
-    """How far each episode strays: the mean over its states of the distance to the nearest demonstrated state.
-
-    episodes: observations (T, obs_dim) each; demonstrated: observations (N, obs_dim). Distances are Euclidean and
-    without unit: each dimension is standardised by the demonstrated ones' mean and standard deviation, or by the mean
-    alone if it is the same in all of them. Returns (num_episodes,).
-    """
-    std, mean = torch.std_mean(demonstrated, dim=0, correction=0)
-    std = torch.where(std > 1e-6, std, 1.0)
-    demonstrated = (demonstrated - mean) / std
-    distances = []
-    for episode in episodes:
-        chunks = ((torch.from_numpy(episode) - mean) / std).split(1_000)  # bounds the memory: 8 MB for 2,000 of them
-        exact = "donot_use_mm_for_euclid_dist"
-        nearest = [torch.cdist(chunk, demonstrated, compute_mode=exact).amin(1) for chunk in chunks]
-        distances.append(torch.cat(nearest).mean().item())
-    return np.array(distances)
-
-
-def make_drawn_env(args: Args) -> gym.Env:
-    """An environment to record. Raises UserError if nothing can be drawn here."""
-    env = FrameText(make_env(args, render_mode="rgb_array"))
-    try:
-        env.reset()
-        env.render()
-    except Exception as error:  # every simulator has its own way to say that it cannot draw
-        opengl = "; MuJoCo needs OpenGL (Debian, Ubuntu: apt-get install libegl1 libgl1)"
-        needs = opengl if hasattr(env.unwrapped, "mujoco_renderer") else ""
-        reason = " ".join(str(error).split())
-        raise UserError(f"--capture-video: {args.env_id} cannot be drawn ({reason}){needs}") from None
-    return env
-
-
-def record_video(actor: Actor, args: Args, folder: Path, name: str) -> list[np.ndarray]:
-    """Plays episodes from an evaluation's first seeds, into folder/NAME-*.mp4. Returns the frames of the first.
-
-    Its environments are its own, so that recording changes nothing else.
-    """
-    frames = []
-    for i in range(args.video_episodes):
-        env = make_drawn_env(args)
-        env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda _: True, name_prefix=f"{name}-{i}")
-        evaluate(actor, [env], first=i)
-        frames = frames or list(env.recorded_frames)
-        env.close()
-    return frames
-
-
-# --------------------------------------------------------------------------------------------- saving and loading
-
-POLICY_FORMAT, CHECKPOINT_FORMAT = "policy/1", "bc-checkpoint/1"
-
-
-@contextlib.contextmanager
-def replacing(path: Path, keep_previous: bool = False):
-    """A binary file to write, which takes path's place once it is whole and on the disk.
-
-    Whenever this is cut off, path is the old file or the new one, or, with keep_previous, at least its
-    predecessor stands at STEM.previous.SUFFIX.
-    """
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error.__context__, OSError):  # torch.save makes a RuntimeError of a full disk
-            raise error.__context__ from None
-        raise
-    if keep_previous and path.exists():
-        os.replace(path, path.with_suffix(".previous" + path.suffix))
-    os.replace(beside, path)
-
-
-def load_file(path: Path, expected_format: str) -> dict:
-    """A file that torch.save wrote. Runs no code from it. Raises UserError if it is damaged or something else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load does not notice a flipped byte
-                raise zipfile.BadZipFile("checksum does not match")
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: damaged, cut short or not a file of this program ({reason})") from None
-    found = data.get("format") if isinstance(data, dict) else None
-    if found != expected_format:
-        raise UserError(f"{path}: its format is {found!r}, expected {expected_format!r}")
+def load_demonstrations(args: Args, env: gym.Env) -> dict[str, np.ndarray]:
+    """The first --num-trajectories episodes of --expert-data."""
+    with one_line(args.expert_data), zipfile.ZipFile(args.expert_data) as archive:
+        if sum(info.file_size for info in archive.infolist()) > 2**34:  # which a small file can hide
+            raise ValueError("unpacks to more than 16 GiB")
+        with np.load(args.expert_data, allow_pickle=False) as file:
+            data, env_id = {name: file[name].astype(dtype) for name, dtype in FIELDS.items()}, str(file["env_id"])
+        shapes = [array.shape for array in data.values()]
+        length = len(data["rewards"])
+        needed = [(length, env.spaces["obs_dim"]), (length, env.spaces["action_dim"]), *[(length,)] * 3]
+        if env_id != args.env_id or shapes != needed:
+            raise ValueError(f"of {env_id} with shapes {shapes}; {args.env_id} needs {needed}")
+        data["truncations"][-1:] |= ~data["terminations"][-1:]  # an episode may be cut off there
+        ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
+        num_trajectories = args.num_trajectories or len(ends)
+        if num_trajectories > len(ends):
+            raise ValueError(f"it has {len(ends)} episodes, not {num_trajectories}")
+        for field in FIELDS:
+            data[field] = data[field][: ends[num_trajectories - 1]]
+            if not np.isfinite(data[field]).all():
+                raise ValueError(f"NaN or infinity in its {field}")
+    low, high = np.float32(env.spaces["action_low"]), np.float32(env.spaces["action_high"])
+    data["actions"] = (data["actions"] - (low + high) / 2) / ((high - low) / 2)
     return data
 
 
-POLICY_SHAPE = ("obs_dim", "action_dim", "hidden_size", "num_layers", "activation", "actor_std", "squash")
+def split(data: dict[str, np.ndarray], fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows held out, whole episodes if the fraction makes one, since neighbouring steps are alike; and the others."""
+    ends = torch.from_numpy(data["terminations"] | data["truncations"])
+    episode = ends.cumsum(0) - ends.int()  # (N,) the number of each row's episode
+    num_episodes = int(episode[-1]) + 1
+    if int(fraction * num_episodes):
+        chosen = torch.randperm(num_episodes, generator=stream(SPLIT, seed))[: int(fraction * num_episodes)]
+        is_held_out = torch.isin(episode, chosen)
+        return is_held_out.nonzero().flatten(), is_held_out.logical_not().nonzero().flatten()
+    return torch.randperm(len(ends), generator=stream(SPLIT, seed)).tensor_split([int(fraction * len(ends))])
 
 
-def save_policy(actor: Actor, args: Args, env: gym.Env, path: Path) -> None:
-    """policy.pt: plain values and tensors. The network's [-1, 1] maps linearly onto action_low..action_high."""
-    bounds = env.unwrapped.action_space
-    data = {
-        "format": POLICY_FORMAT,
-        "algorithm": "bc",
-        "action_low": bounds.low.tolist(),
-        "action_high": bounds.high.tolist(),
-    }
-    data |= {"obs_dim": env.observation_space.shape[0], "action_dim": bounds.shape[0]}
-    settings = ("env_id", "env_kwargs", "max_episode_steps", "hidden_size", "num_layers", "activation")
-    data |= {name: getattr(args, name) for name in settings} | {"actor_std": "shared", "squash": False}
-    data["state_dict"] = {name: value.cpu() for name, value in actor.state_dict().items()}
-    with replacing(path) as file:
-        torch.save(data, file)
+def batches(rows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Batch after batch (batch_size,) of the rows: each pass is in a new order, and drops what is left over."""
+    for i in itertools.count():
+        order = torch.randperm(len(rows), generator=stream(BATCHES, i, seed))
+        yield from rows[order].split(batch_size)[: len(rows) // batch_size]
 
 
-def load_policy(path: str) -> dict:
-    """policy.pt, or that of a run folder, with its network under "actor". Raises UserError."""
-    file = Path(path) / "policy.pt" if Path(path).is_dir() else Path(path)
-    policy = load_file(file, POLICY_FORMAT)
-    try:
-        policy["actor"] = Actor(**{name: policy[name] for name in POLICY_SHAPE})
-        policy["actor"].load_state_dict(policy["state_dict"])
-        Args(env_id=policy["env_id"], env_kwargs=policy["env_kwargs"], max_episode_steps=policy["max_episode_steps"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{file}: no policy can be built from it ({' '.join(str(error).split())[:200]})") from None
-    if not all(value.isfinite().all() for value in policy["state_dict"].values()):
-        raise UserError(f"{file}: its weights are not finite")
-    return policy
-
-
-def write_args(args: Args, run_dir: Path) -> None:
-    packages = ("torch", "numpy", "gymnasium", "mujoco", "tyro", "tensorboard")
-    versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = None
-    data = dataclasses.asdict(args) | {"versions": versions, "git_revision": revision}
-    with replacing(run_dir / "args.json") as file:
-        file.write(json.dumps(data, indent=2).encode() + b"\n")
-
-
-def read_args(run_dir: Path) -> Args:
-    """The settings of a run folder, checked. Raises UserError."""
-    path = run_dir / "args.json"
-    try:
-        saved = json.loads(path.read_text())
-        args = Args(**{field.name: saved[field.name] for field in dataclasses.fields(Args)})
-        check_args(args)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); is {run_dir} a run folder?") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}: not the settings of a run of this version ({type(error).__name__}: {error})"
-        ) from None
-    return args
-
-
-def cut_rows(path: Path, last_step: int) -> None:
-    """Drops the rows of progress.csv after last_step, and one that was cut off in the middle of a line."""
-    try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
-    except ValueError:
-        raise UserError(f"{path}: damaged; mend it or move it away, then resume again") from None
-    with replacing(path) as file:
-        file.write("".join(lines[:1] + rows if rows else []).encode())
-
-
-def open_run_dir(args: Args) -> tuple[Path, filelock.FileLock]:
-    """The run folder, made if it is new, and the lock that keeps a second process out. Raises UserError."""
-    started = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id.replace('/', '_')}__{args.exp_name.replace('/', '_')}__{args.seed}__{started}"
-    run_dir = Path(args.resume or args.run_dir or Path("runs", name))
-    try:
-        leftovers = {".lock", "args.json.tmp"}  # of a run killed before it wrote anything
-        taken = run_dir.exists() and (not run_dir.is_dir() or any(p.name not in leftovers for p in run_dir.iterdir()))
-        if taken and not args.resume:
-            raise UserError(f"--run-dir {run_dir}: exists already; resume it with --resume {run_dir} or name another")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run_dir / ".lock")
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{run_dir}: another process is working on this run; wait for it or stop it") from None
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
-    return run_dir, lock
-
-
-def load_checkpoint(run_dir: Path) -> dict | None:
-    """The newest whole checkpoint, or None before the first. Raises UserError if there are only damaged ones."""
-    problems = []
-    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"):
-        if path.exists():
-            try:
-                checkpoint = load_file(path, CHECKPOINT_FORMAT)
-                for problem in problems:
-                    print(f"warning: {problem}; going on from the one before", file=sys.stderr)
-                return checkpoint
-            except UserError as error:
-                problems.append(str(error))
-    if problems:
-        raise UserError(f"--resume {run_dir}: no whole checkpoint is left: {'; '.join(problems)}")
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------- training
-
-
-def set_up_torch(args: Args) -> torch.device:
-    """Threads and device. Raises UserError for a device that this machine does not have."""
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {args.device}: not on this machine; take auto, cpu, cuda or cuda:N") from None
-
-    cpu = torch.cpu.get_capabilities()
-    # PyTorch hands float32 products to oneDNN, not to MKL, where bfloat16 is allowed. Without AMX oneDNN makes no use
-    # of that permission and stays in float32, on AMD 1.3 to 1.6 times as fast as MKL.
-    if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16", False):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    return device
-
-
-class StopSignal:
-    """The first Ctrl-C or SIGTERM asks the loop to save and end; a second one ends the process at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if self.number:
-            os._exit(128 + number)
-        self.number = number
-
-
-def check_finite(step: int, **quantities) -> None:
-    """Raises RunError if a number, array or tensor among the quantities has a NaN or an infinity."""
-    for name, value in quantities.items():
-        value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-        if not np.isfinite(value).all():
-            raise RunError(f"stopped at step {step}: {name} became NaN or infinite")
-
-
-def log_settings(args: Args, writer: SummaryWriter) -> None:
-    """The settings for TensorBoard's HPARAMS tab, which compares runs by them and their last evaluation return.
-
-    SummaryWriter.add_hparams would make a folder of its own. A setting that is a number in some runs only is written
-    as text in all of them, since the tab allows a column one type.
-    """
-    settings = {
-        field.name: getattr(args, field.name) if field.type in (int, float) else str(getattr(args, field.name))
-        for field in dataclasses.fields(args)
-    }
-    for summary in hparams(settings, {"evaluation/eval_return_mean": math.nan}):
-        writer.file_writer.add_summary(summary)
-
-
-class RunLog:
-    """progress.csv, TensorBoard and the progress bar of a run, from its first step or from the one it resumes at."""
-
-    def __init__(self, args: Args, run_dir: Path, step: int, saved: dict):
-        self.expert_return = saved["expert_return"]
-        self.loss_sum, self.num_losses = saved["loss_sum"], saved["num_losses"]
-        self.started = time.perf_counter() - saved["wall_time_s"]
-        self.csv_path = run_dir / "progress.csv"
-        cut_rows(self.csv_path, step)
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
-        log_settings(args, self.tensorboard)
-        interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets a line now and then
-        self.bar = tqdm(total=args.train_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=interval)
-
-    def loss(self, loss: torch.Tensor) -> None:
-        self.loss_sum = self.loss_sum + loss
-        self.num_losses += 1
-
-    def evaluation(self, step: int, result: dict, sampled: dict, validation_loss: float, distance: float) -> None:
-        """Writes a row of progress.csv. result and sampled are what evaluate returned for the two kinds of action."""
-        row = {
-            "step": step,
-            "wall_time_s": time.perf_counter() - self.started,
-            "eval_return_mean": result["returns"].mean(),
-            "eval_return_std": result["returns"].std(),
-            "eval_length_mean": result["lengths"].mean(),
-            "train_loss": float(self.loss_sum) / max(1, self.num_losses),
-            "validation_loss": validation_loss,
-            "eval_sampled_return_mean": sampled["returns"].mean(),
-            "eval_sampled_return_std": sampled["returns"].std(),
-            "expert_return_mean": self.expert_return,
-            "distance_from_demonstrations": distance,
-        }
-        with open(self.csv_path, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow({name: value if isinstance(value, int) else f"{value:.8g}" for name, value in row.items()})
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint may not outlive the rows before it
-        self.scalars("evaluation", row, step)
-        self.bar.set_postfix({"eval_return": f"{row['eval_return_mean']:.1f}"}, refresh=False)
-        self.loss_sum, self.num_losses = 0.0, 0
-
-    def video(self, step: int, frames: list[np.ndarray]) -> None:
-        """Every fourth frame at half size as a GIF, which TensorBoard plays among its images."""
-        images = [Image.fromarray(frame).reduce(2) for frame in frames[::4]]
-        gif = io.BytesIO()
-        images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
-        width, height = images[0].size
-        image = Summary.Image(encoded_image_string=gif.getvalue(), height=height, width=width, colorspace=3)
-        summary = Summary(value=[Summary.Value(tag="evaluation/video", image=image)])
-        self.tensorboard.file_writer.add_summary(summary, step)
-
-    def scalars(self, group: str, values: dict, step: int) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(f"{group}/{name}", float(value), step)
-
-    def checkpoint(self) -> dict:
-        wall_time_s, loss_sum = time.perf_counter() - self.started, float(self.loss_sum)
-        loss = {"loss_sum": loss_sum, "num_losses": self.num_losses}
-        return {"expert_return": self.expert_return, "wall_time_s": wall_time_s, **loss}
-
-    def close(self) -> None:
-        self.bar.close()
-        self.tensorboard.close()
-
-
-def train(args: Args) -> int:
-    """One run, from its first step or from its checkpoint to its last. Returns the exit code."""
-    stop = StopSignal()
-    device = set_up_torch(args)
-    eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
+# ----------------------------------------------------------------------------------------------------------- training
+def train(args: Args) -> None:
     env = make_env(args)
-    if args.capture_video:
-        make_drawn_env(args).close()
-    expert = load_expert(args, env).to(device) if args.expert or not args.expert_data else None
-    data = load_demonstrations(args, env) if args.expert_data else demonstrate(expert, env, args)
-    obs, action = (torch.from_numpy(data[field]).to(device) for field in ("observations", "actions"))
-    demonstrated = some_of(data["observations"])
-    split = torch.randperm(len(obs), generator=stream(SPLIT, args.seed)).to(device)
-    held_out, training = split.tensor_split([int(args.validation_fraction * len(obs))])
+    path = Path(args.expert or Path(__file__).with_name("experts") / f"{args.env_id}.pt")
+    expert = load_policy(path, args, env) if args.expert or not args.expert_data else None
+    if args.expert_data:
+        data = load_demonstrations(args, env)
+    else:
+        seeds = torch.randint(
+            2**31, (args.num_trajectories or 2,), generator=stream(DEMONSTRATIONS, args.seed)
+        ).tolist()
+        episodes = [rollout(expert.mean_action, env, seed) for seed in seeds]
+        data = {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
+    held_out, training = (rows.to(args.device) for rows in split(data, args.validation_fraction, args.seed))
     if args.batch_size > len(training):
-        reason = f"{len(training)} of the {len(obs)} demonstrated steps are to train on, a batch must not be larger"
-        raise UserError(f"--batch-size {args.batch_size}: {reason}")
-    save_data = Path(args.save_data) if args.save_data and not args.resume else None
-    if save_data and (save_data.exists() or not os.access(save_data.parent, os.W_OK)):
-        raise UserError(f"--save-data {save_data}: exists already or cannot be written; name another file")
+        raise Failure(2, f"--batch-size {args.batch_size}: there are only {len(training)} steps to train on")
+    obs, action = (torch.from_numpy(data[field]).to(args.device) for field in ("observations", "actions"))
     torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
-    shape = (args.hidden_size, args.num_layers, args.activation)
-    actor = Actor(obs.shape[1], action.shape[1], *shape, actor_std="shared", squash=False).to(device)
-    optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
-
-    run_dir, lock = open_run_dir(args)
-    continue_with = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-    first_step, saved_log = 0, None
-    checksum = zlib.crc32(data["actions"], zlib.crc32(data["observations"]))
-    checkpoint = load_checkpoint(run_dir) if args.resume else None
-    arithmetic = f"--device {device} with {torch.get_num_threads()} threads"
-    if checkpoint:
-        if checkpoint.get("arithmetic") != arithmetic:
-            change = f"{checkpoint.get('arithmetic')} before, {arithmetic} now"
-            print(f"warning: {change}: results will differ in the last bits", file=sys.stderr)
-        try:
-            first_step, saved_log, saved_checksum = (checkpoint[name] for name in ("step", "log", "data_checksum"))
-            actor.load_state_dict(checkpoint["actor"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"--resume {run_dir}: its checkpoint does not fit its args.json ({error})") from None
-        if saved_checksum != checksum:
-            raise UserError(f"--resume {run_dir}: the demonstrations are not those that the run began with")
-    if first_step >= args.train_steps:
-        print(f"{run_dir} is finished: {first_step} steps; a larger --train-steps continues it")
-        return 0
-    if save_data:
-        save_demonstrations(data, args.env_id, env, save_data)
-    args = dataclasses.replace(args, run_dir=str(run_dir), resume=None, device=str(device))
-    write_args(args, run_dir)
-    if not saved_log:
-        expert_returns = evaluate(expert, eval_envs)["returns"] if expert else episode_returns(data)
-        saved_log = {
-            "expert_return": float(expert_returns.mean()),
-            "wall_time_s": 0.0,
-            "loss_sum": 0.0,
-            "num_losses": 0,
-        }
-    log = RunLog(args, run_dir, first_step, saved_log)
-
-    try:
-        indices = batches(training, args.batch_size, args.seed, first_step)
-        for step in range(first_step, args.train_steps):
+    shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
+    actor = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
+    parameters = list(actor.parameters())
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or Path("runs", name.replace("/", "_").replace(":", "_")))
+    with one_line("--run-dir"):
+        run_dir.mkdir(parents=True)
+    save(run_dir / "args.json", json.dumps(vars(args) | {"run_dir": str(run_dir)}, indent=2) + "\n")
+    began, rows, losses, indices = time.perf_counter(), [], [], batches(training, args.batch_size, args.seed)
+    bar = tqdm(total=args.train_steps, desc="evaluating", dynamic_ncols=True, miniters=1, mininterval=1)
+    with bar, SummaryWriter(str(run_dir)) as tensorboard:
+        expert_return = data["rewards"].sum().item() / (data["terminations"] | data["truncations"]).sum()
+        if expert:
+            expert_return = evaluate(expert, env, args.eval_episodes)["return_mean"]
+        for step in range(1, args.train_steps + 1):
             index = next(indices)
             loss, reported = bc_loss(actor, obs[index], action[index], args.loss)
-            gradient_step(optimizer, loss)
-            log.loss(reported)
-            log.bar.update()
-
-            done = step + 1
-            last = done == args.train_steps
-            if done % args.log_every == 0:
-                check_finite(step, loss=reported)
-                log.scalars("learning", {"loss": reported}, done)
-            if done % args.eval_every == 0 or last:
-                check_finite(step, loss=reported, **dict(actor.named_parameters()))
-                with torch.no_grad():
-                    validation_loss = bc_loss(actor, obs[held_out], action[held_out], args.loss)[1].item()
-                result = evaluate(actor, eval_envs)
-                sampled = evaluate(actor, eval_envs, noise=stream(EVALUATION, args.seed))
-                distance = distance_from_demonstrations(result["observations"], demonstrated).mean()
-                log.evaluation(done, result, sampled, validation_loss, distance)
-                save_policy(actor, args, env, run_dir / "policy.pt")
-                if args.capture_video and (done // args.eval_every % args.video_every == 0 or last):
-                    log.video(done, record_video(actor, args, run_dir / "videos", f"step{done}"))
-            if done % args.eval_every == 0 or last or stop.number:
-                check_finite(step, loss=reported, **dict(actor.named_parameters()))
-                parts = {"actor": actor.state_dict(), "optimizer": optimizer.state_dict(), "log": log.checkpoint()}
-                parts |= {"step": done, "data_checksum": checksum, "arithmetic": arithmetic}
-                with replacing(run_dir / "checkpoint.pt", keep_previous=True) as file:
-                    torch.save({"format": CHECKPOINT_FORMAT, **parts}, file)
-            if stop.number and not last:
-                log.close()
-                print(f"stopped at step {done}, everything is saved; continue with\n  {continue_with}")
-                return 128 + stop.number
-    except OSError as error:
-        reason = f"{run_dir}: stopped by the system ({error.strerror or error})"
-        raise RunError(f"{reason}; mend that, then continue from the last checkpoint: {continue_with}") from None
-    except RunError as error:
-        raise RunError(f"{error}; rows, policy and checkpoint from before are in {run_dir}") from None
-    finally:
-        log.close()
-        lock.release()
-    for kind, returns in (("mean action", result["returns"]), ("sampled actions", sampled["returns"])):
-        share = f", {returns.mean() / log.expert_return:.1%} of the expert's" if log.expert_return > 0 else ""
-        print(f"evaluation return, {kind}: {returns.mean():.1f} +- {returns.std():.1f} after {done} steps{share}")
-    print_where_all_is(run_dir)
-    return 0
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
+            optimizer.step()
+            losses.append(reported)
+            bar.set_description("training", refresh=False)
+            bar.update()
+            last = step == args.train_steps
+            if step % args.log_every == 0 or step % args.eval_every == 0 or last:
+                norm = nn.utils.get_total_norm(parameters)
+                log(tensorboard, "learning", {"loss": reported, "weight_norm": norm}, step)
+            if step % args.eval_every == 0 or last:
+                bar.set_description("evaluating")
+                _, validation_loss = bc_loss(actor, obs[held_out], action[held_out], args.loss)
+                result = evaluate(actor, env, args.eval_episodes)
+                sampled = evaluate(actor, env, args.eval_episodes, stream(EVALUATION, args.seed))
+                row = {"step": step, "wall_time_s": time.perf_counter() - began}
+                row |= {f"eval_{name}": value for name, value in result.items()}
+                row["train_loss"] = torch.stack(losses).mean().item()
+                row["validation_loss"] = validation_loss.item() if len(held_out) else math.nan
+                row |= {f"eval_sampled_{name}": sampled[name] for name in ("return_mean", "return_std")}
+                row["expert_return_mean"] = expert_return
+                rows.append(row)
+                losses = []
+                log(tensorboard, "evaluation", {name: row[name] for name in row if row[name] is not math.nan}, step)
+                lines = [",".join(map(str, line)) + "\n" for line in (row, *(row.values() for row in rows))]
+                save(run_dir / "progress.csv", "".join(lines))
+                policy = {"format": POLICY, "algorithm": "bc"} | {name: vars(shape)[name] for name in POLICY_SETTINGS}
+                policy["state_dict"] = copy.deepcopy(actor).cpu().state_dict()
+                save(run_dir / "policy.pt", policy | env.spaces)
+                bar.set_postfix(eval=row["eval_return_mean"], expert=expert_return)
+                if args.capture_video and (step // args.eval_every % args.video_every == 0 or last):
+                    bar.set_description("recording")
+                    record(actor, args, run_dir / "videos", f"step{step}", tensorboard, step)
+    print(f"{run_dir} finished: evaluation return {row['eval_return_mean']:.1f}, the expert's {expert_return:.1f}")
+    print(f"  curves      python {Path(sys.argv[0]).parent}/benchmark/plot.py {run_dir} --out {run_dir}/curves.png")
+    print(f"  TensorBoard tensorboard --logdir {run_dir}")
+    print(f"  policy      python {Path(sys.argv[0]).parent}/sac_continuous.py --evaluate {run_dir}")
 
 
-def print_where_all_is(run_dir: Path) -> None:
-    folder, plot = shlex.quote(str(run_dir)), Path(__file__).with_name("benchmark") / "plot.py"
-    print(f"  run folder  {run_dir}")
-    if plot.exists():  # the script may have been copied without it
-        print(f"  curves      python {os.path.relpath(plot)} {folder} --out {folder}/curves.png")
-    print(f"  TensorBoard tensorboard --logdir {folder}")
-    print(f"  policy      python {sys.argv[0]} --evaluate {folder}")
+def log(tensorboard: SummaryWriter, group: str, values: dict, step: int) -> None:
+    """Into TensorBoard. A NaN or an infinity among the values ends the run."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise Failure(1, f"step {step}: {name} became NaN or infinite; what was saved before is whole")
+        tensorboard.add_scalar(f"{group}/{name}", float(value), step)
 
 
-def evaluate_policy(args: Args) -> int:
-    """--evaluate: prints the mean and standard deviation of the mean action's return, shows or records episodes."""
-    device, policy = set_up_torch(args), load_policy(args.evaluate)
-    envs = [make_env(args) for _ in range(args.eval_episodes)]
-    check_sizes(args.evaluate, policy["obs_dim"], policy["action_dim"], envs[0])
-    actor = policy["actor"].to(device)
-    if args.render:
-        window = [RealSpeed(make_env(args, render_mode="human"))]
-        returns = np.concatenate([evaluate(actor, window, first=i)["returns"] for i in range(args.eval_episodes)])
-    else:
-        returns = evaluate(actor, envs)["returns"]
-    print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
-    if args.capture_video:
-        path = Path(args.evaluate)
-        folder = (path if path.is_dir() else path.parent) / "videos"
-        record_video(actor, args, folder, "evaluate")
-        print(f"videos in {folder}")
-    return 0
+# ---------------------------------------------------------------------------------------- environment and evaluation
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """The environment with actions in [-1, 1]^action_dim, rescaled to its own bounds."""
+    gym.logger.min_level = gym.logger.ERROR  # no advice to take another version than the one asked for
+    mujoco.set_mju_user_warning(lambda message: None)  # nor MuJoCo's remarks, which would go to a file too
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # the way to draw without a display
+    with one_line(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}"):
+        drawn = {"render_mode": render_mode} if render_mode else {}
+        env = gym.make(args.env_id, args.max_episode_steps, **drawn, **json.loads(args.env_kwargs))
+        obs_space, space = env.observation_space, env.action_space
+        flat = all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in (obs_space, space))
+        if not flat or space.dtype.kind != "f" or not space.is_bounded() or not (space.low < space.high).all():
+            raise TypeError(f"needs flat Box observations, has {obs_space}; flat bounded Box actions, has {space}")
+        if env.spec.max_episode_steps is None:
+            raise ValueError("it has no time limit, so that an episode may last for ever: give --max-episode-steps")
+        if renderer := getattr(env.unwrapped, "mujoco_renderer", None):  # the camera follows the robot
+            follow = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1}
+            renderer.camera_id, renderer.default_cam_config = None, (renderer.default_cam_config or {}) | follow
+        env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env.spaces = {"obs_dim": obs_space.shape[0], "action_dim": space.shape[0]}
+        env.spaces |= {"action_low": space.low.tolist(), "action_high": space.high.tolist()}
+        return env
+
+
+@torch.no_grad()
+def rollout(act: Callable[[torch.Tensor], torch.Tensor], env: gym.Env, seed: int) -> dict[str, np.ndarray]:
+    """An episode in the form of demonstrations. act: obs (1, obs_dim) -> action (1, action_dim), on the CPU."""
+    env.unwrapped.action_space.seed(seed)  # an environment may sample from it
+    obs, _ = env.reset(seed=seed)
+    steps, over = [], False
+    while not over:
+        obs = np.array(obs, dtype=np.float32)  # a copy: an environment may return the same array from every step
+        action = act(torch.from_numpy(obs)[None]).numpy()[0]
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        steps.append((obs, action, np.float32(np.asarray(reward).item()), terminated, truncated))
+        obs, over = next_obs, terminated or truncated
+    return {field: np.array(values) for field, values in zip(FIELDS, zip(*steps, strict=True), strict=True)}
+
+
+def evaluate(actor: Actor, env: gym.Env, num_episodes: int, noise: torch.Generator | None = None) -> dict[str, float]:
+    """Episodes of the mean action, or with noise of sampled ones, from the same states each time."""
+    actor = copy.deepcopy(actor).cpu()
+    act = (lambda obs: actor.sample(obs, noise)) if noise else actor.mean_action
+    rewards = [rollout(act, env, 1_000 + i)["rewards"] for i in range(num_episodes)]
+    returns = [of_one.sum(dtype=np.float64) for of_one in rewards]
+    length = np.mean([len(of_one) for of_one in rewards]).item()
+    return {"return_mean": np.mean(returns).item(), "return_std": np.std(returns).item(), "length_mean": length}
+
+
+def record(actor: Actor, args: Args, folder: Path, name: str, tensorboard: SummaryWriter, step: int) -> None:
+    """The first evaluation episode as folder/NAME-episode-0.mp4, and every fourth frame of it in TensorBoard."""
+    env = make_env(args, "rgb_array_list")
+    evaluate(actor, env, num_episodes=1)
+    frames = env.render()
+    save_video(frames, str(folder), fps=env.metadata.get("render_fps", 30), name_prefix=name)
+    video = np.stack(frames[::4])[:, ::2, ::2].transpose(0, 3, 1, 2)  # (frames, 3, height / 2, width / 2)
+    tensorboard.add_video("evaluation/video", video[None], step, fps=12)
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+POLICY = "policy/1"
+POLICY_SETTINGS = "env_id env_kwargs max_episode_steps hidden_size num_layers activation actor_std squash".split()
+
+
+def save(path: Path, content: dict | str) -> None:
+    """The file is whole at any moment: written beside, brought to the disk, put in its place."""
+    beside = path.with_name(path.name + ".tmp")
+    with one_line(path, exit_code=1), open(beside, "wb") as file:
+        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_policy(path: Path, args: Args, env: gym.Env) -> Actor:
+    """The network of a policy.pt or run folder, which must be for this environment. Runs no code from the file."""
+    path = path / "policy.pt" if path.is_dir() else path
+    with one_line(path), zipfile.ZipFile(path) as archive:
+        if archive.testzip():  # torch.load does not notice a flipped byte
+            raise ValueError("it is damaged")
+        policy = torch.load(path, map_location="cpu", weights_only=True)
+        needed = {"format": POLICY, "env_id": args.env_id, **env.spaces}
+        if any(policy[name] != value for name, value in needed.items()):
+            raise ValueError(f"not a policy for {needed}")
+        actor = Actor(policy["obs_dim"], policy["action_dim"], SimpleNamespace(**policy))
+        actor.load_state_dict(policy["state_dict"])
+        return actor
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+RULES = [
+    "min(train_steps, batch_size, hidden_size, num_layers, eval_every, eval_episodes, log_every, video_every) >= 1",
+    "max_episode_steps is None or max_episode_steps >= 1",
+    "num_trajectories is None or num_trajectories >= 1",
+    "0 <= seed < 2**63 and 0 <= torch_threads <= 1024",
+    "device.split(':')[0] in ('cpu', 'cuda')",
+    "0 < learning_rate < inf and 0 <= validation_fraction < 1",
+    "video_every == 10 or capture_video",
+]
+
+
+class Failure(Exception):
+    """Ends the program with an exit code (2: bad input, 1: the run itself broke) and one line: its two arguments."""
+
+
+@contextlib.contextmanager
+def one_line(what: object, exit_code: int = 2):
+    """Whatever goes wrong inside, in a library or a file, becomes a Failure with its message."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
+        raise Failure(exit_code, f"{what}: {cause or type(cause).__name__}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    sys.path.append(os.getcwd())  # --env-id module:Env-v0 finds a module there
     try:
-        args = parse_args(argv)
-        return evaluate_policy(args) if args.evaluate else train(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        args = tyro.cli(Args, args=argv)
+        if args.device == "auto":
+            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.torch_threads = args.torch_threads or torch.get_num_threads()
+        for rule in RULES:
+            if not eval(rule, {"inf": math.inf}, vars(args)):
+                names = compile(rule, "rule", "eval").co_names
+                given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name in names]
+                raise Failure(2, f"{' '.join(given)}: it must hold that {rule}")
+        torch.set_num_threads(args.torch_threads)
+        cpu = torch.cpu.get_capabilities()
+        # Allowing bfloat16 chooses oneDNN over MKL; without AMX it computes in float32 all the same, on AMD faster.
+        if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        with one_line("--device or --capture-video"):
+            torch.zeros(1, device=args.device)
+            make_env(args, "rgb_array_list" if args.capture_video else None).reset()  # draws a frame
+        train(args)
+        return 0
+    except (Failure, OSError) as error:
+        exit_code, message = error.args if isinstance(error, Failure) else (1, str(error))
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return exit_code
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return 130
 
 
 if __name__ == "__main__":
