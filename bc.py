@@ -202,7 +202,8 @@ def train(args: Args) -> None:
     obs, action = (torch.from_numpy(data[field]).to(args.device) for field in ("observations", "actions"))
     torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
     shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
-    actor = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
+    with one_line(f"--hidden-size {args.hidden_size}"):
+        actor = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
     parameters = list(actor.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -401,9 +402,10 @@ def main(argv: list[str] | None = None) -> int:
         # Allowing bfloat16 chooses oneDNN over MKL; without AMX it computes in float32 all the same, on AMD faster.
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        env = make_env(args, "rgb_array_list" if args.capture_video else None)
         with one_line("--device or --capture-video"):
             torch.zeros(1, device=args.device)
-            make_env(args, "rgb_array_list" if args.capture_video else None).reset()  # draws a frame
+            env.reset()  # draws a frame
         train(args)
         return 0
     except (Failure, OSError) as error:

@@ -212,7 +212,8 @@ def train(args: Args) -> None:
         raise Failure(2, f"--batch-size {args.batch_size}: there are only {len(obs)} demonstrated steps")
     torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
     shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
-    actor = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
+    with one_line(f"--hidden-size {args.hidden_size}"):
+        actor = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
     parameters = list(actor.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -388,11 +389,11 @@ RULES = [
     "num_trajectories is None or num_trajectories >= 1",
     "0 <= seed < 2**63 and 0 <= torch_threads <= 1024",
     "device.split(':')[0] in ('cpu', 'cuda')",
-    "num_iterations >= 2",  # for cloning without DAgger take bc.py
+    "num_iterations >= 2  # for cloning without DAgger take bc.py",
     "batch_size <= buffer_size",
     "0 < learning_rate < inf and 0 <= expert_mixing <= 1",
     "video_every == 10 or capture_video",
-    "expert or not expert_data",  # the policy that made them labels new states
+    "expert or not expert_data  # the policy that made them labels the learner's states",
 ]
 
 
@@ -428,9 +429,10 @@ def main(argv: list[str] | None = None) -> int:
         # Allowing bfloat16 chooses oneDNN over MKL; without AMX it computes in float32 all the same, on AMD faster.
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        env = make_env(args, "rgb_array_list" if args.capture_video else None)
         with one_line("--device or --capture-video"):
             torch.zeros(1, device=args.device)
-            make_env(args, "rgb_array_list" if args.capture_video else None).reset()  # draws a frame
+            env.reset()  # draws a frame
         train(args)
         return 0
     except (Failure, OSError) as error:

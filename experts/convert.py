@@ -10,6 +10,7 @@ Nothing that a file names is run. A file that is not what it should be ends with
 
 import argparse
 import itertools
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -137,15 +138,23 @@ def cs285_demonstrations(content: list, episode_limit: int) -> list[dict[str, np
     return episodes
 
 
+def without_module(env_id: str) -> str:
+    """An environment's name out of a file, which must not have a module imported."""
+    if ":" in env_id:
+        raise ValueError(f"runs code of a module: if you trust it, give --env-id {env_id}")
+    return env_id
+
+
 def convert(source: str, out: Path, env_id: str | None, num_episodes: int) -> None:
     if out.suffix not in (".pt", ".npz") or out.exists():
         raise Failure(2, f"{out}: must be a new .pt or .npz file")
+    args = Args(env_id=env_id)
     if source.startswith("minari:"):
         with one_line(source):
             import minari  # only this source needs it
 
             dataset = minari.load_dataset(source.removeprefix("minari:"), download=True)
-            env_id = env_id or dataset.env_spec.id
+            args.env_id = env_id or without_module(dataset.env_spec.id)
             episodes = [
                 {field: getattr(episode, field)[: len(episode.actions)] for field in FIELDS}  # one observation more
                 for episode in dataset.iterate_episodes()
@@ -153,35 +162,43 @@ def convert(source: str, out: Path, env_id: str | None, num_episodes: int) -> No
     elif source.endswith(".pkl"):
         if not env_id:
             raise Failure(2, f"{source}: give --env-id, the file does not say it")
-        env = make_env(Args(env_id=env_id))
+        env = make_env(args)
         with one_line(source):
             with open(source, "rb") as file:
                 content = ArrayUnpickler(file).load()
             if out.suffix == ".pt":
-                save(out, cs285_policy(content, env, env_id))
-                return
-            episodes = cs285_demonstrations(content, env.spec.max_episode_steps)
+                policy = cs285_policy(content, env, env_id)
+            else:
+                episodes = cs285_demonstrations(content, env.spec.max_episode_steps)
+        if out.suffix == ".pt":
+            save(out, policy)
+            return
     else:
         path = Path(source, "policy.pt") if Path(source).is_dir() else Path(source)
         with one_line(path):
-            env_id = env_id or torch.load(path, map_location="cpu", weights_only=True)["env_id"]
-        args = Args(env_id=env_id)
+            policy = torch.load(path, map_location="cpu", weights_only=True)
+            args.env_id = env_id or without_module(policy["env_id"])
+            args.env_kwargs, args.max_episode_steps = policy["env_kwargs"], policy["max_episode_steps"]
         env = make_env(args)
         actor = load_policy(path, args, env)
         low, high = np.float32(env.spaces["action_low"]), np.float32(env.spaces["action_high"])
         episodes = [rollout(actor.mean_action, env, seed) for seed in range(num_episodes)]
         for episode in episodes:
             episode["actions"] = (low + high) / 2 + (high - low) / 2 * episode["actions"]
-    with one_line(source):
-        if out.suffix != ".npz":
-            raise ValueError("demonstrations go to a .npz")
-        data = {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
-        np.savez(out, env_id=np.array(env_id), **{name: data[name].astype(dtype) for name, dtype in FIELDS.items()})
-        try:
-            bc.load_demonstrations(Args(env_id=env_id, expert_data=str(out)), make_env(Args(env_id=env_id)))
-        except Failure:
-            out.unlink()
-            raise
+    try:
+        with one_line(source):
+            if out.suffix != ".npz":
+                raise ValueError("demonstrations go to a .npz")
+            if any(len(set(map(len, episode.values()))) != 1 for episode in episodes):
+                raise ValueError("an episode's arrays are of unequal lengths")
+            data = {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
+            arrays = {name: data[name].astype(dtype) for name, dtype in FIELDS.items()}
+            np.savez(out, env_id=np.array(args.env_id), **arrays)
+        args.expert_data = str(out)
+        bc.load_demonstrations(args, make_env(args))
+    except Failure:
+        out.unlink(missing_ok=True)
+        raise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--env-id", help="where the file does not say it")
     parser.add_argument("--episodes", type=int, default=16, help="demonstrated episodes of a policy")
     args = parser.parse_args(argv)
+    sys.path.append(os.getcwd())  # --env-id module:Env-v0 finds a module there
     try:
         convert(args.source, args.out, args.env_id, args.episodes)
         return 0
