@@ -1,17 +1,19 @@
-"""Kills runs at random moments, resumes them, and compares the end with that of a run that never stopped.
+"""Kills runs of sac_continuous.py at random moments, resumes them, and compares their ends with an undisturbed run's.
 
-    python tests/fault_campaign.py --script sac_continuous.py --kills 50
-    python tests/fault_campaign.py --script sac_continuous.py --kills 50 --settings=--compile=always
+    python tests/fault_campaign.py --kills 40
+    python tests/fault_campaign.py --kills 10 --settings=--compile=always
 
-Each run is killed (SIGKILL) and resumed until it finishes; runs follow each other until there were enough kills. Ends
-with 0 if every run's progress.csv (times aside), policy.pt and last checkpoint are those of the run left alone.
+Each run is killed (SIGKILL) and resumed until it finishes, or begun anew where it had no checkpoint yet; runs follow
+each other, a variant of the algorithm each, until there were enough kills. Ends with 0 if every run's progress.csv
+(times aside), policy.pt and last checkpoint are those of the same variant left alone.
 """
 
 import argparse
 import csv
+import multiprocessing
 import os
 import random
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
@@ -19,14 +21,18 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-SETTINGS = {
-    "sac_continuous.py": "--env-id Pendulum-v1 --total-steps 1500 --learning-starts 50 --random-steps 100"
-    " --batch-size 16 --buffer-size 300 --hidden-size 16 --max-episode-steps 60 --eval-every 70 --eval-episodes 1"
-    " --checkpoint-every 23",
-    "dagger.py": "--env-id Hopper-v4 --num-iterations 8 --train-steps-per-iteration 60 --rollout-steps 100"
-    " --eval-episodes 1 --max-episode-steps 100 --hidden-size 16",
-}
+sys.path.insert(0, str(Path(__file__).parent.parent))
+PROCESSES = multiprocessing.get_context("forkserver")  # imports once, so that a kill falls into the run, not before it
+PROCESSES.set_forkserver_preload(["sac_continuous"])
+SETTINGS = "--env-id Pendulum-v1 --total-steps 600 --learning-starts 50 --random-steps 100 --batch-size 16"
+SETTINGS += " --buffer-size 300 --hidden-size 16 --max-episode-steps 60 --eval-every 70 --eval-episodes 1"
+SETTINGS += " --checkpoint-every 23 --log-every 10 --torch-threads 1"
+VARIANTS = [
+    "--critic-backup redq --num-critics 4 --num-critic-updates 2 --target-update-period 3 --lr-schedule linear",
+    "",
+    "--critic-backup value --temperature 0.2 --actor-gradient reinforce --num-actor-samples 3",
+    "--critic-backup double-q --actor-std shared --no-squash --tau 1 --target-update-period 20",
+]
 TIMED = ("wall_time_s", "steps_per_s")
 
 
@@ -46,71 +52,85 @@ def same(a, b) -> bool:
     return a == b
 
 
-def differences(run_dir: Path, reference: Path) -> list[str]:
-    found = [] if rows(run_dir) == rows(reference) else ["progress.csv"]
-    for name in ("policy.pt", "checkpoint.pt"):
-        a, b = (torch.load(x / name, weights_only=True) for x in (run_dir, reference))
-        if not same(a, b):
-            found.append(name)
+def content(path: Path) -> dict:
+    """What a file holds, without the folder's name and the time taken."""
+    found = torch.load(path, weights_only=True)
+    found.pop("run_dir", None)
+    if "progress" in found:
+        step, _, *rest = found["progress"]
+        found["progress"] = step, *rest
     return found
 
 
-def start(script: str, arguments: str, log: Path) -> subprocess.Popen:
-    with open(log, "a") as file:
-        command = [sys.executable, str(ROOT / script), *arguments.split()]
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+def differences(run_dir: Path, reference: Path) -> list[str]:
+    found = [] if rows(run_dir) == rows(reference) else ["progress.csv"]
+    names = ("policy.pt", "checkpoint.pt")
+    return found + [name for name in names if not same(content(run_dir / name), content(reference / name))]
 
 
-def campaign(script: str, kills_wanted: int, folder: Path, seed: int = 0, more: str = "") -> tuple[int, int, int]:
-    """more: settings besides its own. Returns the numbers of kills, of finished runs, of runs whose end differs."""
-    draw = random.Random(seed)
-    settings = f"{SETTINGS[script]} --torch-threads 1 {more}"
-    reference, log = folder / "reference", folder / "log.txt"
-    began = time.time()
-    process = start(script, f"{settings} --run-dir {reference}", log)
-    while not (reference / "progress.csv").exists() and process.poll() is None:
-        time.sleep(0.01)
-    startup = time.time() - began
-    if process.wait() != 0:
-        raise SystemExit(f"the run left alone failed: {log.read_text()[-2000:]}")
-    length = time.time() - began - startup
-    print(f"{script}: a run takes {startup:.1f} s to start and {length:.1f} s")
+def run_script(arguments: list[str], log: Path) -> None:
+    """In a process of its own."""
+    descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import sac_continuous
 
+    sys.exit(sac_continuous.main(arguments))
+
+
+def start(arguments: str, log: Path):
+    process = PROCESSES.Process(target=run_script, args=(arguments.split(), log))
+    process.start()
+    return process
+
+
+def campaign(kills_wanted: int, folder: Path, seed: int = 0, more: str = "") -> tuple[int, int, int]:
+    """more: settings for all. Returns the numbers of kills, of finished runs, of runs whose end differs."""
+    draw, log, times = random.Random(seed), folder / "log.txt", {}
     kills = runs = differing = 0
     while kills < kills_wanted:
+        number = runs % len(VARIANTS)
+        settings, reference = f"{SETTINGS} {VARIANTS[number]} {more}", folder / f"reference{number}"
+        if not reference.exists():
+            began = time.time()
+            process = start(f"{settings} --run-dir {reference}", log)
+            while not (reference / "progress.csv").exists() and process.is_alive():
+                time.sleep(0.01)
+            startup = time.time() - began
+            process.join()
+            if process.exitcode != 0:
+                raise SystemExit(f"the run left alone failed: {log.read_text()[-2000:]}")
+            times[number] = startup, time.time() - began - startup
+        startup, length = times[number]
         run_dir = folder / f"run{runs}"
         while True:
-            fresh = not (run_dir / "args.json").exists()
-            arguments = f"{settings} --run-dir {run_dir}" if fresh else f"--resume {run_dir}"
-            process = start(script, arguments, log)
-            try:
-                code = process.wait(timeout=startup * 0.8 + draw.uniform(0, startup * 0.3 + length * 0.4))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
-                continue
-            if code != 0:
-                raise SystemExit(f"{run_dir} ended with {code}: {log.read_text()[-2000:]}")
-            break
+            if (run_dir / "checkpoint.pt").exists():
+                process = start(f"--resume {run_dir}", log)
+            else:
+                shutil.rmtree(run_dir, ignore_errors=True)
+                process = start(f"{settings} --run-dir {run_dir}", log)
+            process.join(draw.uniform(startup * 0.8, startup * 1.1 + length * 0.4))
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            kills += 1
+        if process.exitcode != 0:
+            raise SystemExit(f"{run_dir} ended with {process.exitcode}: {log.read_text()[-2000:]}")
         found = differences(run_dir, reference)
         differing += bool(found)
         runs += 1
-        print(
-            f"  {kills} kills, {runs} runs finished, the last {'differs in ' + ', '.join(found) if found else 'equal'}"
-        )
+        print(f"  {kills} kills, {runs} runs, the last {'differs in ' + ', '.join(found) if found else 'equal'}")
     return kills, runs, differing
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", choices=SETTINGS, default="sac_continuous.py")
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", default="", help="more of them, for the script")
     options = parser.parse_args()
-    os.environ["PYTHONUNBUFFERED"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        kills, runs, differing = campaign(options.script, options.kills, Path(folder), options.seed, options.settings)
+        kills, runs, differing = campaign(options.kills, Path(folder), options.seed, options.settings)
     print(f"{kills} kills over {runs} runs: {differing} runs differ from the one left alone")
     sys.exit(differing > 0)
