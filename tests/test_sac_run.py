@@ -592,6 +592,7 @@ BAD_SETTINGS = {
 
 def test_settings_that_break_a_rule_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sac, "train", lambda *arguments: None)  # so that what is accepted ends too
     broken, wrong = set(), {}
     for arguments, named in BAD_SETTINGS.items():
         if sac.main(arguments.split()) != 2:
@@ -603,8 +604,6 @@ def test_settings_that_break_a_rule_are_one_line_and_leave_nothing(tmp_path, mon
         wrong |= {arguments: line} if missing else {}
         assert list(tmp_path.iterdir()) == []
     assert wrong == {}
-    random_policy(tmp_path / "policy.pt")
-    monkeypatch.delenv("DISPLAY", raising=False)
     left = [rule for rule in sac.RULES if rule not in broken]
     assert all("DISPLAY" in rule or "resume and evaluate" in rule for rule in left), left
 
