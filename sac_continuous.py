@@ -4,8 +4,7 @@
 
 2018a: Haarnoja et al., "Soft Actor-Critic", arXiv:1801.01290 (state-value network, fixed temperature).
 2018b: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (the default here).
-Writes a run folder, runs/ENV__EXP__SEED__TIME: args.json (settings), progress.csv (a row per evaluation), policy.pt,
-checkpoint.pt (all that --resume needs), TensorBoard's events and, with --capture-video, videos/*.mp4.
+Writes runs/ENV__EXP__SEED__TIME: args.json, progress.csv, policy.pt, checkpoint.pt, TensorBoard's events, videos/*.mp4.
 """
 
 import contextlib
@@ -17,11 +16,11 @@ import math
 import os
 import shutil
 import sys
-import sysconfig
 import tempfile
 import time
 import zipfile
 from pathlib import Path
+from sysconfig import get_path
 from typing import Literal
 
 import gymnasium as gym
@@ -63,7 +62,7 @@ class Args:
     temperature_lr: float = 3e-4  # Adam's learning rate for the learned temperature
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: every learning rate falls to zero at total-steps
     temperature: float | Literal["auto"] = "auto"  # weight of the entropy: auto (learned), or fixed; 0: no bonus
-    target_entropy: float | Literal["auto"] = "auto"  # nats that the learned temperature aims at; auto: -dim(A)
+    target_entropy: float | Literal["auto"] = "auto"  # nats the learned one aims at, below dim(A) log 2; auto: -dim(A)
     backup_entropy: bool = True  # the entropy bonus in the critics' target
     actor_gradient: Literal["reparametrize", "reinforce"] = "reparametrize"  # estimator of the actor's gradient
     num_actor_samples: int = 1  # actions sampled per state in the actor's loss
@@ -124,13 +123,9 @@ class Actor(nn.Module):
         return u.tanh() if self.squash else u, self.log_prob(u, noise, log_std)
 
     def log_prob(self, u: torch.Tensor, noise: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-        """log pi(a|s) of the action a that u = mean + exp(log_std) noise becomes (2018b, eq. 26). Returns (batch,).
-
-        All arguments are (batch, action_dim). log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)) stays exact where
-        tanh(u) rounds to 1.
-        """
+        """log pi(a|s) of the action that u = mean + exp(log_std) noise becomes (2018b, eq. 26). Returns (batch,)."""
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        if self.squash:
+        if self.squash:  # minus log(1 - tanh(u)^2), in a form that stays exact where tanh(u) rounds to 1
             log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))
         return log_prob.sum(-1)
 
@@ -191,7 +186,7 @@ def backup(q: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def critic_target(reward, terminated, next_q, next_log_prob, temperature, gamma: float) -> torch.Tensor:
-    """y = r + gamma (1 - d) (Q'(s', a') - temperature log pi(a'|s')); d: terminated, not truncated (2018b, eq. 2, 3)."""
+    """y = r + gamma (1 - d) (Q'(s', a') - temperature log pi(a'|s')), d: terminated, not truncated (2018b, eq. 2-3)."""
     return reward + gamma * (1 - terminated) * (next_q - temperature * next_log_prob)
 
 
@@ -206,30 +201,18 @@ def actor_objective(q: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def actor_loss(log_prob: torch.Tensor, q: torch.Tensor, temperature: torch.Tensor | float) -> torch.Tensor:
-    """J = E[temperature log pi(a|s) - Q(s, a)], a reparametrised (2018b, eq. 9). q: (batch,).
-
-    With log pi of actions held fixed times Q for q, the gradient in Q is the score function's (REINFORCE, Williams
-    1992, no baseline): E[grad log pi(a|s) Q(s, a)]. The entropy keeps its reparametrised one.
-    """
+    """J = E[temperature log pi(a|s) - Q(s, a)], a reparametrised (2018b, eq. 9). q: (batch,)."""
     return (temperature * log_prob - q).mean()
 
 
 def temperature_loss(log_temperature: torch.Tensor, log_prob: torch.Tensor, target_entropy: float) -> torch.Tensor:
-    """J(temperature) = E[-temperature (log pi(a|s) + target_entropy)] (2018b, eq. 18). log_prob has no gradient.
-
-    Codes with log_temperature in the temperature's place have the same sign and fixed point. A target that the policy
-    cannot reach (its entropy's ceiling in [-1, 1]^n is n log 2) makes the temperature grow without end.
-    """
+    """J(temperature) = E[-temperature (log pi(a|s) + target_entropy)] (2018b, eq. 18). log_prob has no gradient."""
     return -(log_temperature.exp() * (log_prob + target_entropy)).mean()
 
 
 # -------------------------------------------------------------------------------------------------------------- agent
 class Agent(nn.Module):
-    """The networks, their optimiser, and one training step.
-
-    Methods named gradients change nothing and draw nothing, so that they can be compiled. Each loss is differentiated
-    for its own parameters alone: no other network sees a gradient.
-    """
+    """The networks, their optimiser, and one training step. No network sees the gradient of another one's loss."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
@@ -247,7 +230,7 @@ class Agent(nn.Module):
         rates += [([self.log_temperature], args.temperature_lr)]
         groups = [{"params": group, "lr": torch.tensor(lr).to(self.device), "initial_lr": lr} for group, lr in rates]
         self.optimizer = torch.optim.Adam(groups, fused=True)
-        # One stream per purpose, exploration, replay and losses: drawing from one never shifts another.
+        # A stream for exploration, one for replay and one for losses: drawing from one never shifts another.
         seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
         self.streams = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         if args.compile == "always":  # losses and gradients become one program each, when they are first called
@@ -276,17 +259,17 @@ class Agent(nn.Module):
 
     def update(self, buffer: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
         """Critic updates on fresh batches, then one of the actor and one of the temperature. Returns what is logged."""
-        args, pair = self.args, None
+        args, pair, (_, replay, losses) = self.args, None, self.streams
         if args.lr_schedule == "linear":
             for group in self.optimizer.param_groups:
                 group["lr"].fill_(group["initial_lr"] * (1 - step / args.total_steps))
         shape = (args.num_critic_updates, args.batch_size)
-        indices = torch.randint(len(buffer), shape, generator=self.streams[1], device=self.device)
+        indices = torch.randint(len(buffer), shape, generator=replay, device=self.device)
         for num_updates, index in enumerate(indices, start=(step - args.learning_starts) * len(indices) + 1):
             batch = obs, *_ = buffer[index]
-            noise = torch.randn(len(obs), self.action_dim, generator=self.streams[2], device=self.device)
+            noise = torch.randn(len(obs), self.action_dim, generator=losses, device=self.device)
             if args.critic_backup == "redq":  # a random pair of the critics (Chen et al. 2021, algorithm 1)
-                pair = torch.rand(args.num_critics, generator=self.streams[2], device=self.device).topk(2).indices
+                pair = torch.rand(args.num_critics, generator=losses, device=self.device).topk(2).indices
             gradients, metrics = self.critic_gradients(*batch, noise, pair)
             self.step(self.critic.parameters(), gradients)
             if self.value:
@@ -294,8 +277,7 @@ class Agent(nn.Module):
             if num_updates % args.target_update_period == 0:  # target <- (1 - tau) target + tau online
                 online = (self.value or self.critic).parameters()
                 torch._foreach_lerp_([p.data for p in self.target.parameters()], [p.data for p in online], args.tau)
-        shape = (args.num_actor_samples * args.batch_size, self.action_dim)
-        noise = torch.randn(shape, generator=self.streams[2], device=self.device)
+        noise = torch.randn(args.num_actor_samples * len(obs), self.action_dim, generator=losses, device=self.device)
         gradients, of_actor = self.actor_gradients(obs, noise)
         self.step(self.actor.parameters(), gradients)
         if args.temperature == "auto":
@@ -309,6 +291,7 @@ class Agent(nn.Module):
         self.optimizer.step()
         self.optimizer.zero_grad()  # parameters without a gradient stay as they are
 
+    # The methods named gradients change nothing and draw nothing, so that they can be compiled.
     def critic_gradients(self, obs, action, reward, next_obs, terminated, noise, pair) -> tuple[tuple, dict]:
         with torch.no_grad():
             if self.value:
@@ -334,12 +317,11 @@ class Agent(nn.Module):
         return torch.autograd.grad(critic_loss(self.value(obs), target), list(self.value.parameters()))
 
     def actor_gradients(self, obs, noise) -> tuple[tuple, dict]:
-        num_samples = self.args.num_actor_samples
-        obs, mean, log_std = (x.expand(num_samples, -1, -1).flatten(0, 1) for x in (obs, *self.actor(obs)))
+        obs, mean, log_std = (x.repeat(self.args.num_actor_samples, 1) for x in (obs, *self.actor(obs)))
         action, log_prob = self.actor.sample(mean, log_std, noise)  # (num_samples * batch, action_dim)
         with torch.set_grad_enabled(self.args.actor_gradient == "reparametrize"):
             q = actor_objective(self.critic(obs, action), self.args.critic_backup)
-        if self.args.actor_gradient == "reinforce":
+        if self.args.actor_gradient == "reinforce":  # E[grad log pi(a|s) Q(s, a)] (Williams 1992), without a baseline
             u = (mean + log_std.exp() * noise).detach()
             q = q * self.actor.log_prob(u, (u - mean) / log_std.exp(), log_std)
         loss = actor_loss(log_prob, q, self.temperature)
@@ -380,7 +362,6 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
             step_times.append(time.perf_counter() - step_began)  # neither evaluating nor saving is counted
             bar.set_description("training", refresh=False)
             bar.update()
-
             done, last = step + 1, step + 1 == args.total_steps
             if last or any(done % every == 0 for every in (args.log_every, args.eval_every, args.checkpoint_every)):
                 weight_norm = nn.utils.get_total_norm(agent.parameters())
@@ -390,13 +371,13 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
                 columns = evaluate(agent, eval_env, args.eval_episodes)
                 log(tensorboard, "evaluation", columns, done)
                 row = {"step": done, "wall_time_s": time.perf_counter() - began, **columns}
-                new = episodes[rows[-1]["episodes"] if rows else 0 :]
-                row |= {f"train_{name}_mean": mean([episode[name] for episode in new]) for name in ("return", "length")}
-                row |= {"episodes": len(episodes), "steps_per_s": 1 / mean(step_times)}
+                row |= {f"train_{name}_mean": mean([one[name] for one in episodes]) for name in ("return", "length")}
+                row["episodes"] = len(episodes) + (rows[-1]["episodes"] if rows else 0)
+                row["steps_per_s"] = 1 / mean(step_times)
                 for name in ("critic_loss", "actor_loss", "q_values", "entropy", "temperature"):
                     row[name] = mean(metrics.get(name, math.nan))
                 rows.append(row)
-                step_times = []
+                episodes, step_times = [], []
                 bar.set_postfix(train=row["train_return_mean"], eval=row["eval_return_mean"])
                 lines = [",".join(map(str, line)) + "\n" for line in (row, *(row.values() for row in rows))]
                 save(run_dir / "progress.csv", "".join(lines))
@@ -405,14 +386,14 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
                 save(run_dir / "policy.pt", policy | env.spaces)
                 if args.capture_video and (done // args.eval_every % args.video_every == 0 or last):
                     bar.set_description("recording")
-                    record(agent, args, run_dir / "videos", f"step{done}", tensorboard, done)
+                    video = record(agent, args, run_dir / "videos", f"step{done}")
+                    tensorboard.add_video("evaluation/video", video, done, fps=12)
             if done % args.checkpoint_every == 0 or last:
-                streams = [stream.get_state() for stream in agent.streams]
-                parts = {"networks": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "streams": streams}
-                parts["buffer"] = torch.from_numpy(buffer.rows[: len(buffer)].cpu().numpy())  # filled rows alone
-                parts |= {"episode": env.episode, "obs": obs.tolist()}
-                parts["progress"] = done, time.perf_counter() - began, rows, episodes
-                save(run_dir / "checkpoint.pt", {"format": CHECKPOINT, **vars(args), **parts})
+                state = {"networks": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "obs": obs.tolist()}
+                state |= {"episode": env.episode, "streams": [stream.get_state() for stream in agent.streams]}
+                state["buffer"] = torch.from_numpy(buffer.rows[: len(buffer)].cpu().numpy())  # filled rows alone
+                state["progress"] = done, time.perf_counter() - began, rows, episodes
+                save(run_dir / "checkpoint.pt", {"format": CHECKPOINT, **vars(args), **state})
     print(f"{run_dir} finished after {rows[-1]['step']} steps, evaluation return {rows[-1]['eval_return_mean']:.1f}")
     print(f"  curves      python {Path(sys.argv[0]).parent}/benchmark/plot.py {run_dir} --out {run_dir}/curves.png")
     print(f"  TensorBoard tensorboard --logdir {run_dir}")
@@ -439,7 +420,9 @@ class Episode(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if seed is not None:
             self.unwrapped.action_space.seed(seed)  # an environment may sample from it
-        self.episode = {"start": [stream.state for stream in self.streams()], "actions": [], "rewards": []}
+        self.random_sources = self.unwrapped, self.unwrapped.action_space
+        start = [source.np_random.bit_generator.state for source in self.random_sources]
+        self.episode = {"start": start, "actions": [], "rewards": []}
         obs, info = self.env.reset(seed=seed, options=options)
         return np.array(obs, dtype=np.float32), info
 
@@ -448,9 +431,6 @@ class Episode(gym.Wrapper):
         self.episode["actions"].append(action.tolist())
         self.episode["rewards"].append(np.asarray(reward).item())
         return np.array(obs, dtype=np.float32), self.episode["rewards"][-1], *rest
-
-    def streams(self) -> list[np.random.BitGenerator]:
-        return [owner.np_random.bit_generator for owner in (self.unwrapped, self.unwrapped.action_space)]
 
 
 def make_env(args: Args, render_mode: str | None = None) -> Episode:
@@ -480,32 +460,26 @@ def make_env(args: Args, render_mode: str | None = None) -> Episode:
 
 @torch.no_grad()
 def evaluate(agent: Agent, env: Episode, num_episodes: int) -> dict[str, float]:
-    """Episodes of the mean action, from the same states each time. Returns columns of progress.csv.
-
-    eval_q_mean is the critics' mean Q at their first states and actions, eval_discounted_return_mean what followed: Q
-    above it is over-estimation, except where a time limit cuts off a future that still counts (0.99^200 is 0.13).
-    """
-    actor, first, episodes = copy.deepcopy(agent.actor).cpu(), [], []
+    """Episodes of the mean action, from the same states each time. Returns columns of progress.csv."""
+    actor, episodes = copy.deepcopy(agent.actor).cpu(), []
     for seed in range(1_000, 1_000 + num_episodes):
         obs, _ = env.reset(seed=seed)
-        first.append(torch.from_numpy(obs))
-        over = False
-        while not over:
+        first_obs = torch.from_numpy(obs).to(agent.device)[None]  # (1, obs_dim)
+        q = mean(agent.critic(first_obs, agent.actor.mean_action(first_obs)))
+        terminated = truncated = False
+        while not (terminated or truncated):
             obs, _, terminated, truncated, _ = env.step(actor.mean_action(torch.from_numpy(obs)).numpy())
-            over = terminated or truncated
-        episodes.append(np.array(env.episode["rewards"]))
-    obs, returns = torch.stack(first).to(agent.device), [rewards.sum() for rewards in episodes]
-    return {
-        "eval_return_mean": mean(returns),
-        "eval_return_std": np.std(returns).item(),
-        "eval_length_mean": mean([len(rewards) for rewards in episodes]),
-        "eval_q_mean": mean(agent.critic(obs, agent.actor.mean_action(obs))),
-        "eval_discounted_return_mean": mean([agent.args.gamma ** np.arange(len(x)) @ x for x in episodes]),
-    }
+        rewards = np.array(env.episode["rewards"])
+        # Q above it is over-estimation, except where a time limit cuts off what still counts (0.99^200 is 0.13).
+        discounted = agent.args.gamma ** np.arange(len(rewards)) @ rewards
+        episodes.append({"return": rewards.sum(), "length": len(rewards), "q": q, "discounted_return": discounted})
+    returns = [episode["return"] for episode in episodes]
+    columns = {"eval_return_mean": mean(returns), "eval_return_std": np.std(returns).item()}
+    return columns | {f"eval_{name}_mean": mean([episode[name] for episode in episodes]) for name in episodes[0]}
 
 
-def record(agent: Agent, args: Args, folder: Path, name: str, tensorboard: SummaryWriter | None = None, step=0) -> None:
-    """The first evaluation episode as folder/NAME-episode-0.mp4, with text on each frame, and in TensorBoard."""
+def record(agent: Agent, args: Args, folder: Path, name: str) -> np.ndarray:
+    """The first evaluation episode as folder/NAME-episode-0.mp4; returns it as (1, frames, 3, height, width)."""
     env = make_env(args, "rgb_array_list")
     evaluate(agent, env, num_episodes=1)
     rewards, images = [0.0, *env.episode["rewards"]], [Image.fromarray(frame) for frame in env.render()]
@@ -513,9 +487,7 @@ def record(agent: Agent, args: Args, folder: Path, name: str, tensorboard: Summa
         text = f"step {i}   reward {rewards[i]:.2f}   return {sum(rewards[: i + 1]):.1f}"
         ImageDraw.Draw(image).text((10, 8), text, font_size=image.width / 24, stroke_width=2, stroke_fill="black")
     save_video([np.asarray(image) for image in images], str(folder), fps=env.metadata["render_fps"], name_prefix=name)
-    if tensorboard:
-        video = np.stack([np.asarray(image.reduce(2)) for image in images[::4]]).transpose(0, 3, 1, 2)
-        tensorboard.add_video("evaluation/video", video[None], step, fps=12)
+    return np.stack([np.asarray(image.reduce(2)) for image in images[::4]]).transpose(0, 3, 1, 2)[None]
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -536,11 +508,9 @@ def save(path: Path, content: dict | str) -> None:
 def load(path: Path, expected: str) -> dict:
     """A file that save wrote. Runs no code from it."""
     with one_line(path), zipfile.ZipFile(path) as archive:
-        if archive.testzip():  # torch.load does not notice a flipped byte
-            raise ValueError("it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != expected:
-            raise ValueError(f"its format is {content['format']}, not {expected}")
+        if archive.testzip() or content["format"] != expected:  # torch.load does not notice a flipped byte
+            raise ValueError(f"it is damaged, or its format is not {expected}")
         return content
 
 
@@ -552,8 +522,8 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: Episode) 
     buffer.num_added = checkpoint["progress"][0]
     for stream, state in zip(agent.streams, checkpoint["streams"], strict=True):
         stream.set_state(state)
-    for stream, state in zip(env.streams(), checkpoint["episode"]["start"], strict=True):
-        stream.state = state
+    for source, state in zip(env.random_sources, checkpoint["episode"]["start"], strict=True):
+        source.np_random.bit_generator.state = state
     obs, _ = env.reset()
     for action in checkpoint["episode"]["actions"]:
         obs, *_ = env.step(np.float32(action))
@@ -567,29 +537,24 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: Episode) 
 RULES = [
     "min(total_steps, batch_size, num_critics, num_critic_updates, num_actor_samples, target_update_period) >= 1",
     "min(hidden_size, num_layers, eval_every, eval_episodes, log_every, checkpoint_every, video_every) >= 1",
-    "max_episode_steps is None or max_episode_steps >= 1",
     "0 <= seed < 2**63 and 0 <= torch_threads <= 1024",
-    "device.split(':')[0] in ('cpu', 'cuda')",
     "0 <= learning_starts < total_steps and random_steps >= 0",
     "batch_size <= buffer_size",
     "0 <= gamma <= 1 and 0 < tau <= 1",
-    "0 < actor_lr < inf and 0 < critic_lr < inf and 0 < temperature_lr < inf",
-    "temperature == 'auto' or 0 <= temperature < inf",
-    "target_entropy == 'auto' or (temperature == 'auto' and -inf < target_entropy < inf)",
-    "temperature_lr == 3e-4 or temperature == 'auto'",
+    "0 < actor_lr < math.inf and 0 < critic_lr < math.inf and 0 < temperature_lr < math.inf",
+    "temperature == 'auto' or (0 <= temperature < math.inf and target_entropy == 'auto' and temperature_lr == 3e-4)",
+    "target_entropy == 'auto' or -math.inf < target_entropy < math.inf",
     "backup_entropy or temperature != 0",
-    "actor_std in ('state', 'shared') or exp(-20) <= actor_std <= exp(2)",
+    "actor_std in ('state', 'shared') or math.exp(-20) <= actor_std <= math.exp(2)",
     "actor_std in ('state', 'shared') or squash or temperature != 'auto'",  # else the entropy is constant
     "critic_backup != 'double-q' or num_critics == 2",
     "critic_backup != 'redq' or num_critics >= 2",
     "video_every == 10 or capture_video",
     "not render or (evaluate and not capture_video)",
-    "not render or platform != 'linux' or 'DISPLAY' in environ",  # MuJoCo would abort
-    "not (resume and evaluate)",
+    "not render or sys.platform != 'linux' or 'DISPLAY' in os.environ",  # MuJoCo would abort
 ]
-NAMES = {"exp": math.exp, "inf": math.inf, "platform": sys.platform, "environ": os.environ}
-RESUME_MAY_CHANGE = "total_steps eval_every eval_episodes log_every checkpoint_every capture_video video_every".split()
-EVALUATE_MAY_CHANGE = "env_id env_kwargs max_episode_steps eval_episodes capture_video render".split()
+RESUME_TAKES = "resume total_steps eval_every eval_episodes log_every checkpoint_every capture_video video_every"
+EVALUATE_TAKES = "evaluate env_id env_kwargs max_episode_steps eval_episodes capture_video render device torch_threads"
 
 
 class Failure(Exception):
@@ -613,11 +578,10 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
         name, path = "checkpoint.pt" if args.resume else "policy.pt", Path(args.resume or args.evaluate)
         content = load(path / name if path.is_dir() else path, {"checkpoint.pt": CHECKPOINT, "policy.pt": POLICY}[name])
         base = Args(**{name: content.get(name, value) for name, value in vars(Args()).items()})
-        base.resume, base.evaluate = args.resume, args.evaluate
         if ":" in base.env_id and args.env_id != base.env_id:
             raise Failure(2, f"{path}: runs code of a module: if you trust it, give --env-id {base.env_id}")
         args = tyro.cli(Args, args=argv, default=base)
-        may_change = RESUME_MAY_CHANGE if args.resume else EVALUATE_MAY_CHANGE
+        may_change = (RESUME_TAKES if args.resume else EVALUATE_TAKES).split()
         for name, value in vars(args).items():
             if value != getattr(base, name) and name not in may_change:
                 raise Failure(2, f"{path}: its {name} is {getattr(base, name)} and cannot become {value}")
@@ -627,12 +591,11 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.compile == "auto":
-        python_h = Path(sysconfig.get_path("include"), "Python.h")
-        compiler = shutil.which(os.environ.get("CXX", "g++")) and python_h.exists()
+        compiler = shutil.which(os.environ.get("CXX", "g++")) and Path(get_path("include"), "Python.h").exists()
         args.compile = "always" if args.total_steps >= 100_000 and (compiler or args.device != "cpu") else "never"
     args.torch_threads = args.torch_threads or torch.get_num_threads()
     for rule in RULES:
-        if not eval(rule, NAMES, vars(args)):
+        if not eval(rule, globals(), vars(args)):
             names = compile(rule, "rule", "eval").co_names
             given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name in names]
             raise Failure(2, f"{' '.join(given)}: it must hold that {rule}")
@@ -647,9 +610,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.torch_threads)
         torch.set_float32_matmul_precision(args.matmul_precision)
         cpu = torch.cpu.get_capabilities()
-        # Allowing bfloat16 chooses oneDNN over MKL; without AMX it computes in float32 all the same, on AMD faster.
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
         env = make_env(args, "human" if args.render else None)
         if args.capture_video:
             with one_line("--capture-video"):
@@ -658,18 +620,18 @@ def main(argv: list[str] | None = None) -> int:
         sizes = env.spaces["obs_dim"], env.spaces["action_dim"]
         with one_line(f"--device {args.device} --buffer-size {args.buffer_size} --hidden-size {args.hidden_size}"):
             agent, buffer = Agent(args, *sizes), ReplayBuffer(args.buffer_size, *sizes, torch.device(args.device))
-        if not args.evaluate:
+        if args.evaluate:
+            with one_line(args.evaluate):
+                agent.actor.load_state_dict(content["state_dict"])
+                if any(content[name] != value for name, value in env.spaces.items()):
+                    raise ValueError(f"the policy was made for other spaces than {args.env_id} has, {env.spaces}")
+            average, deviation, *_ = evaluate(agent, env, args.eval_episodes).values()
+            print(f"{args.env_id}: return {average:.2f} +- {deviation:.2f} over {args.eval_episodes} episodes")
+            if args.capture_video:
+                path = Path(args.evaluate)
+                record(agent, args, (path if path.is_dir() else path.parent) / "videos", "evaluate")
+        else:
             train(agent, buffer, env, args, content)
-            return 0
-        with one_line(args.evaluate):
-            agent.actor.load_state_dict(content["state_dict"])
-            if any(content[name] != value for name, value in env.spaces.items()):
-                raise ValueError(f"the policy was made for other spaces than {args.env_id} has, {env.spaces}")
-        mean, std, *_ = evaluate(agent, env, args.eval_episodes).values()
-        print(f"{args.env_id}: return {mean:.2f} +- {std:.2f} over {args.eval_episodes} episodes")
-        if args.capture_video:
-            folder = Path(args.evaluate) if Path(args.evaluate).is_dir() else Path(args.evaluate).parent
-            record(agent, args, folder / "videos", "evaluate")
         return 0
     except (Failure, OSError) as error:
         exit_code, message = error.args if isinstance(error, Failure) else (1, str(error))
