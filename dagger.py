@@ -90,7 +90,7 @@ class Actor(nn.Module):
         """obs (batch, obs_dim) -> mean and log_std of the Gaussian before the tanh, each (batch, action_dim)."""
         out = self.net(obs)
         mean, log_std = out.chunk(2, dim=-1) if self.std_from_net else (out, self.log_std.expand_as(out))
-        return mean, log_std.clamp(-20, 2)
+        return mean, log_std.clamp(-20, 2)  # as in the papers' own code
 
     def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic policy that evaluations follow. Returns (batch, action_dim)."""
@@ -307,7 +307,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         if env.spec.max_episode_steps is None:
             raise ValueError("it has no time limit, so that an episode may last for ever: give --max-episode-steps")
         if renderer := getattr(env.unwrapped, "mujoco_renderer", None):  # the camera follows the robot
-            follow = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1}
+            follow = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1, "elevation": -15, "distance": 3}
             renderer.camera_id, renderer.default_cam_config = None, (renderer.default_cam_config or {}) | follow
         env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -348,7 +348,7 @@ def record(actor: Actor, args: Args, folder: Path, name: str, tensorboard: Summa
     frames = env.render()
     save_video(frames, str(folder), fps=env.metadata.get("render_fps", 30), name_prefix=name)
     video = np.stack(frames[::4])[:, ::2, ::2].transpose(0, 3, 1, 2)  # (frames, 3, height / 2, width / 2)
-    tensorboard.add_video("evaluation/video", video[None], step, fps=12)
+    tensorboard.add_video("evaluation/video", video[None], step, fps=8)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -385,13 +385,12 @@ def load_policy(path: Path, args: Args, env: gym.Env) -> Actor:
 RULES = [
     "min(train_steps_per_iteration, rollout_steps, batch_size, hidden_size, num_layers) >= 1",
     "min(eval_episodes, log_every, video_every) >= 1",
-    "max_episode_steps is None or max_episode_steps >= 1",
     "num_trajectories is None or num_trajectories >= 1",
     "0 <= seed < 2**63 and 0 <= torch_threads <= 1024",
     "device.split(':')[0] in ('cpu', 'cuda')",
     "num_iterations >= 2  # for cloning without DAgger take bc.py",
     "batch_size <= buffer_size",
-    "0 < learning_rate < inf and 0 <= expert_mixing <= 1",
+    "0 < learning_rate < math.inf and 0 <= expert_mixing <= 1",
     "video_every == 10 or capture_video",
     "expert or not expert_data  # the policy that made them labels the learner's states",
 ]
@@ -406,6 +405,8 @@ def one_line(what: object, exit_code: int = 2):
     """Whatever goes wrong inside, in a library or a file, becomes a Failure with its message."""
     try:
         yield
+    except Failure:
+        raise
     except Exception as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         raise Failure(exit_code, f"{what}: {cause or type(cause).__name__}") from error
@@ -420,15 +421,14 @@ def main(argv: list[str] | None = None) -> int:
             args.device = "cuda" if torch.cuda.is_available() else "cpu"
         args.torch_threads = args.torch_threads or torch.get_num_threads()
         for rule in RULES:
-            if not eval(rule, {"inf": math.inf}, vars(args)):
+            if not eval(rule, globals(), vars(args)):
                 names = compile(rule, "rule", "eval").co_names
                 given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name in names]
                 raise Failure(2, f"{' '.join(given)}: it must hold that {rule}")
         torch.set_num_threads(args.torch_threads)
         cpu = torch.cpu.get_capabilities()
-        # Allowing bfloat16 chooses oneDNN over MKL; without AMX it computes in float32 all the same, on AMD faster.
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
         env = make_env(args, "rgb_array_list" if args.capture_video else None)
         with one_line("--device or --capture-video"):
             torch.zeros(1, device=args.device)

@@ -167,12 +167,9 @@ def convert(source: str, out: Path, env_id: str | None, num_episodes: int) -> No
             with open(source, "rb") as file:
                 content = ArrayUnpickler(file).load()
             if out.suffix == ".pt":
-                policy = cs285_policy(content, env, env_id)
-            else:
-                episodes = cs285_demonstrations(content, env.spec.max_episode_steps)
-        if out.suffix == ".pt":
-            save(out, policy)
-            return
+                save(out, cs285_policy(content, env, env_id))
+                return
+            episodes = cs285_demonstrations(content, env.spec.max_episode_steps)
     else:
         path = Path(source, "policy.pt") if Path(source).is_dir() else Path(source)
         with one_line(path):

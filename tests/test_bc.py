@@ -370,7 +370,7 @@ def test_an_environment_without_a_time_limit_needs_one(tmp_path, small, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-ONE_OR_MORE = "max-episode-steps num-trajectories batch-size hidden-size num-layers eval-episodes log-every video-every"
+ONE_OR_MORE = "num-trajectories batch-size hidden-size num-layers eval-episodes log-every video-every"
 OUT_OF_RANGE = "--seed -1,--seed 9223372036854775808,--torch-threads -1,--torch-threads 1025,--device abacus,"
 OUT_OF_RANGE += "--learning-rate 0,--learning-rate nan,--learning-rate inf,--video-every 3"
 BREAKS_A_RULE = {  # of each script, a setting
@@ -410,6 +410,8 @@ BAD = [
     ("--env-kwargs {", "--env-kwargs {: "),
     ("--env-kwargs []", "--env-kwargs []: "),
     ('--env-kwargs {"nothing":1}', "unexpected keyword argument 'nothing'"),
+    ("--max-episode-steps 0", "actually: 0"),
+    ("--max-episode-steps -1", "no time limit"),
     ("--expert nothing.pt", "nothing.pt: "),
     ("--expert-data nothing.npz", "nothing.npz: "),
     ("--device cuda:99", "--device or --capture-video: "),
