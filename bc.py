@@ -140,7 +140,7 @@ def stream(*key: int) -> torch.Generator:
 
 def load_demonstrations(args: Args, env: gym.Env) -> dict[str, np.ndarray]:
     """The first --num-trajectories episodes of --expert-data."""
-    with one_line(args.expert_data), zipfile.ZipFile(args.expert_data) as archive:
+    with one_line(args.expert_data), np.errstate(over="ignore"), zipfile.ZipFile(args.expert_data) as archive:
         if sum(info.file_size for info in archive.infolist()) > 2**34:  # which a small file can hide
             raise ValueError("unpacks to more than 16 GiB")
         with np.load(args.expert_data, allow_pickle=False) as file:

@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sys.path.append(os.getcwd())  # --env-id module:Env-v0 finds a module there
     try:
-        convert(args.source, args.out, args.env_id, args.episodes)
+        with np.errstate(all="ignore"):  # what is not finite is refused
+            convert(args.source, args.out, args.env_id, args.episodes)
         return 0
     except Failure as failure:
         exit_code, message = failure.args

@@ -89,6 +89,7 @@ WRONG_ARRAYS = [
     ({"observations": np.full((60, 2), np.nan, np.float32)}, "NaN or infinity in its observations"),
     ({"actions": np.full((60, 1), np.inf, np.float32)}, "NaN or infinity in its actions"),
     ({"rewards": np.full(60, np.nan, np.float32)}, "NaN or infinity in its rewards"),
+    ({"observations": np.full((60, 2), 1e300)}, "NaN or infinity in its observations"),
     ({"rewards": np.zeros(59, np.float32)}, "with shapes"),
     ({"rewards": np.zeros((60, 1), np.float32)}, "with shapes"),
     ({"rewards": np.zeros((), np.float32)}, "d.npz: "),
@@ -99,6 +100,7 @@ WRONG_ARRAYS = [
 ]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("changes", "message"), WRONG_ARRAYS)
 def test_wrong_arrays_in_a_npz(changes, message, tmp_path):
     assert message in refused(load, write_npz(tmp_path / "d.npz", **changes))
@@ -239,6 +241,7 @@ def test_actions_of_a_pickle_stay_in_the_environments_units(tmp_path):
 
 
 WRONG_PICKLES = [
+    (lambda c: c[0]["observation"].fill(1e300), "NaN or infinity in its observations"),
     (lambda c: c[1].update(action=c[1]["action"][:-1]), "unequal lengths"),
     (lambda c: (c[0].update(action=c[0]["action"][1:]), c[1].update(action=np.zeros((21, 1)))), "unequal lengths"),
     (lambda c: c[0].update(observation=np.zeros((20, 5))), "must match exactly"),
@@ -255,12 +258,15 @@ WRONG_PICKLES = [
 ]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("change", "message"), WRONG_PICKLES)
-def test_wrong_content_of_a_pickle(change, message, tmp_path):
+def test_wrong_content_of_a_pickle(change, message, tmp_path, capsys):
     content = trajectories(DATA)
     change(content)
-    assert message in refused(to_npz, tmp_path, content)
-    assert not (tmp_path / "out.npz").exists()
+    source, out = write_pickle(tmp_path / "d.pkl", content), tmp_path / "out.npz"
+    assert convert.main([source, str(out), "--env-id", "Tiny-v0"]) == 2
+    assert message in the_error(capsys)
+    assert not out.exists()
 
 
 class Named:

@@ -44,7 +44,7 @@ def definitions(script):
     return found
 
 
-@pytest.mark.parametrize("scripts", combinations(["sac_continuous.py", "bc.py", "dagger.py"], 2), ids=" ".join)
+@pytest.mark.parametrize("scripts", [*combinations(["sac_continuous.py", "bc.py", "dagger.py"], 2)], ids=" ".join)
 def test_shared_definitions_are_worded_the_same(scripts):
     first, second = map(definitions, scripts)
     common = first.keys() & second.keys()
