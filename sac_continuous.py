@@ -1,7 +1,6 @@
 """Soft actor-critic (SAC) for continuous control, and the variants of it that the field uses, in one file.
 
     python sac_continuous.py --env-id HalfCheetah-v4 --temperature 0.2
-
 2018a: Haarnoja et al., "Soft Actor-Critic", arXiv:1801.01290 (state-value network, fixed temperature).
 2018b: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (the default here).
 Writes runs/ENV__EXP__SEED__TIME: args.json, progress.csv, policy.pt, checkpoint.pt, TensorBoard's events, videos/*.mp4.
@@ -304,7 +303,7 @@ class Agent(nn.Module):
             target = critic_target(reward, terminated, next_q, next_log_prob, temperature, self.args.gamma)
         q = self.critic(obs, action)  # (num_critics, batch)
         loss = critic_loss(q, target)
-        metrics = {"critic_loss": loss, "q_values": q, "q_values_std": q.mean(0).std(), "target_values": target}
+        metrics = {"critic_loss": loss, "q_values": q, "q_values_std": q.mean(0).std(0, False), "target_values": target}
         gradients = torch.autograd.grad(loss, list(self.critic.parameters()))
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
@@ -334,14 +333,15 @@ class Agent(nn.Module):
 def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkpoint: dict) -> None:
     """One run, from its first step or from its checkpoint to its last."""
     env.reset(seed=args.seed)
-    obs = restore(checkpoint, agent, buffer, env) if checkpoint else env.reset()[0]
+    with one_line("checkpoint.pt"):
+        first_step, wall_time_s, rows, episodes = checkpoint.get("progress", (0, 0.0, [], []))
+        obs = restore(checkpoint, agent, buffer, env) if checkpoint else env.reset()[0]
     eval_env, name = make_env(args), f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or Path("runs", name.replace("/", "_").replace(":", "_")))
     with one_line("--run-dir"):
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     args.run_dir, args.resume = str(run_dir), None
     save(run_dir / "args.json", json.dumps(vars(args), indent=2) + "\n")
-    first_step, wall_time_s, rows, episodes = checkpoint.get("progress", (0, 0.0, [], []))
     began, step_times, metrics = time.perf_counter() - wall_time_s, [], {}
     bar = tqdm(total=args.total_steps, initial=first_step, dynamic_ncols=True, miniters=1, mininterval=1)
     with bar, SummaryWriter(str(run_dir), purge_step=first_step + 1) as tensorboard:
@@ -387,7 +387,7 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
                 if args.capture_video and (done // args.eval_every % args.video_every == 0 or last):
                     bar.set_description("recording")
                     video = record(agent, args, run_dir / "videos", f"step{done}")
-                    tensorboard.add_video("evaluation/video", video, done, fps=12)
+                    tensorboard.add_video("evaluation/video", video, done, fps=8)
             if done % args.checkpoint_every == 0 or last:
                 state = {"networks": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "obs": obs.tolist()}
                 state |= {"episode": env.episode, "streams": [stream.get_state() for stream in agent.streams]}
@@ -400,8 +400,7 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
     print(f"  policy      python {sys.argv[0]} --evaluate {run_dir}")
 
 
-def mean(values) -> float:
-    """Of a tensor, a list or a number; NaN of nothing."""
+def mean(values) -> float:  # of a tensor, a list or a number; NaN of nothing
     return torch.as_tensor(values, dtype=torch.float64).mean().item()
 
 
@@ -449,7 +448,7 @@ def make_env(args: Args, render_mode: str | None = None) -> Episode:
         if env.spec.max_episode_steps is None:
             raise ValueError("it has no time limit, so that an episode may last for ever: give --max-episode-steps")
         if renderer := getattr(env.unwrapped, "mujoco_renderer", None):  # the camera follows the robot
-            follow = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1}
+            follow = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1, "elevation": -15, "distance": 3}
             renderer.camera_id, renderer.default_cam_config = None, (renderer.default_cam_config or {}) | follow
         env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
         env = Episode(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
@@ -486,7 +485,9 @@ def record(agent: Agent, args: Args, folder: Path, name: str) -> np.ndarray:
     for i, image in enumerate(images):
         text = f"step {i}   reward {rewards[i]:.2f}   return {sum(rewards[: i + 1]):.1f}"
         ImageDraw.Draw(image).text((10, 8), text, font_size=image.width / 24, stroke_width=2, stroke_fill="black")
-    save_video([np.asarray(image) for image in images], str(folder), fps=env.metadata["render_fps"], name_prefix=name)
+    save_video(
+        [np.asarray(image) for image in images], str(folder), fps=env.metadata.get("render_fps", 30), name_prefix=name
+    )
     return np.stack([np.asarray(image.reduce(2)) for image in images[::4]]).transpose(0, 3, 1, 2)[None]
 
 
@@ -546,12 +547,12 @@ RULES = [
     "target_entropy == 'auto' or -math.inf < target_entropy < math.inf",
     "backup_entropy or temperature != 0",
     "actor_std in ('state', 'shared') or math.exp(-20) <= actor_std <= math.exp(2)",
-    "actor_std in ('state', 'shared') or squash or temperature != 'auto'",  # else the entropy is constant
+    "actor_std in ('state', 'shared') or squash or temperature != 'auto' or evaluate",  # else the entropy is constant
     "critic_backup != 'double-q' or num_critics == 2",
     "critic_backup != 'redq' or num_critics >= 2",
     "video_every == 10 or capture_video",
-    "not render or (evaluate and not capture_video)",
-    "not render or sys.platform != 'linux' or 'DISPLAY' in os.environ",  # MuJoCo would abort
+    "'' not in (resume, evaluate, run_dir, exp_name)",
+    "not render or (evaluate and not capture_video and (sys.platform != 'linux' or 'DISPLAY' in os.environ))",
 ]
 RESUME_TAKES = "resume total_steps eval_every eval_episodes log_every checkpoint_every capture_video video_every"
 EVALUATE_TAKES = "evaluate env_id env_kwargs max_episode_steps eval_episodes capture_video render device torch_threads"
@@ -566,6 +567,8 @@ def one_line(what: object, exit_code: int = 2):
     """Whatever goes wrong inside, in a library or a file, becomes a Failure with its message."""
     try:
         yield
+    except Failure:
+        raise
     except Exception as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         raise Failure(exit_code, f"{what}: {cause or type(cause).__name__}") from error
@@ -577,14 +580,16 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     if args.resume or args.evaluate:
         name, path = "checkpoint.pt" if args.resume else "policy.pt", Path(args.resume or args.evaluate)
         content = load(path / name if path.is_dir() else path, {"checkpoint.pt": CHECKPOINT, "policy.pt": POLICY}[name])
-        base = Args(**{name: content.get(name, value) for name, value in vars(Args()).items()})
-        if ":" in base.env_id and args.env_id != base.env_id:
-            raise Failure(2, f"{path}: runs code of a module: if you trust it, give --env-id {base.env_id}")
-        args = tyro.cli(Args, args=argv, default=base)
-        may_change = (RESUME_TAKES if args.resume else EVALUATE_TAKES).split()
-        for name, value in vars(args).items():
-            if value != getattr(base, name) and name not in may_change:
-                raise Failure(2, f"{path}: its {name} is {getattr(base, name)} and cannot become {value}")
+        with one_line(path):
+            base = Args(**{name: content.get(name, value) for name, value in vars(Args()).items()})
+            if ":" in base.env_id and args.env_id != base.env_id:
+                raise ValueError(f"runs code of a module: if you trust it, give --env-id {base.env_id}")
+            args = tyro.cli(Args, args=argv, default=base)
+            may_change = set((RESUME_TAKES if args.resume else EVALUATE_TAKES).split())
+            may_change -= {"total_steps"} if base.lr_schedule == "linear" else set()
+            for name, value in vars(args).items():
+                if value != getattr(base, name) and name not in may_change:
+                    raise ValueError(f"its {name} is {getattr(base, name)} and cannot become {value}")
     for name in ("random_steps", "learning_starts"):
         if getattr(args, name) is None:
             setattr(args, name, min(5_000, args.total_steps // 10))
@@ -603,7 +608,6 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
     sys.path.append(os.getcwd())  # --env-id module:Env-v0 finds a module there
     try:
         args, content = parse_args(argv)
@@ -613,9 +617,8 @@ def main(argv: list[str] | None = None) -> int:
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
         env = make_env(args, "human" if args.render else None)
-        if args.capture_video:
-            with one_line("--capture-video"):
-                make_env(args, "rgb_array_list").reset()  # draws a frame
+        with one_line("--capture-video"):
+            make_env(args, "rgb_array_list" if args.capture_video else None).reset()  # draws a frame
         torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
         sizes = env.spaces["obs_dim"], env.spaces["action_dim"]
         with one_line(f"--device {args.device} --buffer-size {args.buffer_size} --hidden-size {args.hidden_size}"):
@@ -625,7 +628,9 @@ def main(argv: list[str] | None = None) -> int:
                 agent.actor.load_state_dict(content["state_dict"])
                 if any(content[name] != value for name, value in env.spaces.items()):
                     raise ValueError(f"the policy was made for other spaces than {args.env_id} has, {env.spaces}")
-            average, deviation, *_ = evaluate(agent, env, args.eval_episodes).values()
+                average, deviation, *_ = evaluate(agent, env, args.eval_episodes).values()
+                if not math.isfinite(average):
+                    raise ValueError("its return is NaN or infinite")
             print(f"{args.env_id}: return {average:.2f} +- {deviation:.2f} over {args.eval_episodes} episodes")
             if args.capture_video:
                 path = Path(args.evaluate)
