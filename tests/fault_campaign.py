@@ -28,8 +28,8 @@ SETTINGS = "--env-id Pendulum-v1 --total-steps 600 --learning-starts 50 --random
 SETTINGS += " --buffer-size 300 --hidden-size 16 --max-episode-steps 60 --eval-every 70 --eval-episodes 1"
 SETTINGS += " --checkpoint-every 23 --log-every 10 --torch-threads 1"
 VARIANTS = [
-    "--critic-backup redq --num-critics 4 --num-critic-updates 2 --target-update-period 3 --lr-schedule linear",
-    "",
+    "--lr-schedule linear",
+    "--critic-backup redq --num-critics 4 --num-critic-updates 2 --target-update-period 3",
     "--critic-backup value --temperature 0.2 --actor-gradient reinforce --num-actor-samples 3",
     "--critic-backup double-q --actor-std shared --no-squash --tau 1 --target-update-period 20",
 ]
@@ -49,7 +49,7 @@ def same(a, b) -> bool:
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in TIMED)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    return a == b or (a != a and b != b)  # NaN is NaN
 
 
 def content(path: Path) -> dict:

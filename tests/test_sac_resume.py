@@ -96,7 +96,7 @@ def test_a_simulator_is_rebuilt_in_the_middle_of_an_episode(tmp_path, monkeypatc
 
 
 def test_killed_at_random_moments(tmp_path):
-    kills, runs, differing = campaign(2, tmp_path)
+    kills, runs, differing = campaign(2, tmp_path, more="--total-steps 250")
     assert kills >= 2 and runs >= 1
     assert differing == 0
 
@@ -158,7 +158,7 @@ def test_settings_of_the_algorithm_come_from_the_run(stopped, tmp_path, capsys, 
         "--env-id Drawn-v0": "env_id is Tiny-v0",
         "--total-steps 0": "--total-steps 0",
         "--evaluate x": "evaluate",
-        "--render": "--render",
+        "--render": "render",
     }.items():
         capsys.readouterr()
         assert resume(tmp_path, "stopped", *more.split()) == 2, more
