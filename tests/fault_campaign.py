@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
 PROCESSES = multiprocessing.get_context("forkserver")  # imports once, so that a kill falls into the run, not before it
-PROCESSES.set_forkserver_preload(["sac_continuous"])
+PROCESSES.set_forkserver_preload(["sac_continuous", "torch._dynamo"])  # the latter comes with Adam
 SETTINGS = "--env-id Pendulum-v1 --total-steps 600 --learning-starts 50 --random-steps 100 --batch-size 16"
 SETTINGS += " --buffer-size 300 --hidden-size 16 --max-episode-steps 60 --eval-every 70 --eval-episodes 1"
 SETTINGS += " --checkpoint-every 23 --log-every 10 --torch-threads 1"
@@ -70,6 +70,7 @@ def differences(run_dir: Path, reference: Path) -> list[str]:
 
 def run_script(arguments: list[str], log: Path) -> None:
     """In a process of its own."""
+    sys.path.insert(0, str(ROOT))
     descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -79,6 +80,7 @@ def run_script(arguments: list[str], log: Path) -> None:
 
 
 def start(arguments: str, log: Path):
+    os.environ["PYTHONPATH"] = str(ROOT)  # where the server of forks, which the first start starts, finds the script
     process = PROCESSES.Process(target=run_script, args=(arguments.split(), log))
     process.start()
     return process
