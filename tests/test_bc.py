@@ -1,6 +1,7 @@
 """bc.py: losses, batches, what it learns, and its runs from command line to run folder."""
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -473,19 +474,25 @@ def test_an_evaluation_that_returns_nan_ends_the_run_and_leaves_what_was_before(
     assert same_policy(policy_of(tmp_path / "run"), policy_of(tmp_path / "whole"))
 
 
+class Full(io.FileIO):
+    """On a disk that has room for 100 bytes."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
 def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path, small, capsys, monkeypatch):
     count = itertools.count()
 
-    def full(path, mode):
-        """From the second policy on: args.json, progress.csv, policy.pt, progress.csv, policy.pt."""
-        return open("/dev/full" if path.name == "policy.pt.tmp" and next(count) else path, mode)
+    def second_policy_is_too_much(path, mode):
+        return Full(path, "w") if path.name == "policy.pt.tmp" and next(count) else open(path, mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bc, "open", full, raising=False)
+        patch.setattr(bc, "open", second_policy_is_too_much, raising=False)
         assert run(bc, small, tmp_path / "run") == 1
-    message = last_line(capsys)
-    assert message.startswith(f"error: {tmp_path}/run/policy.pt: ")
-    assert os.strerror(errno.ENOSPC) in message
+    assert last_line(capsys) == f"error: {tmp_path}/run/policy.pt: [Errno 28] No space left on device"
     assert run(bc, f"{small} --train-steps 20", tmp_path / "whole") == 0
     assert same_policy(policy_of(tmp_path / "run"), policy_of(tmp_path / "whole"))
 
