@@ -347,14 +347,14 @@ def load_policy(path: Path, args: Args, env: gym.Env) -> Actor:
     """The network of a policy.pt or run folder, which must be for this environment. Runs no code from the file."""
     path = path / "policy.pt" if path.is_dir() else path
     with one_line(path), zipfile.ZipFile(path) as archive:
-        if archive.testzip():  # torch.load does not notice a flipped byte
-            raise ValueError("it is damaged")
         policy = torch.load(path, map_location="cpu", weights_only=True)
         needed = {"format": POLICY, "env_id": args.env_id, **env.spaces}
-        if any(policy[name] != value for name, value in needed.items()):
-            raise ValueError(f"not a policy for {needed}")
+        if archive.testzip() or any(policy[name] != value for name, value in needed.items()):
+            raise ValueError(f"it is damaged, or not a policy for {needed}")  # torch.load takes a flipped byte
         actor = Actor(policy["obs_dim"], policy["action_dim"], SimpleNamespace(**policy))
         actor.load_state_dict(policy["state_dict"])
+        if not all(value.isfinite().all() for value in actor.state_dict().values()):
+            raise ValueError("its weights are NaN or infinite")
         return actor
 
 
@@ -366,6 +366,7 @@ RULES = [
     "device.split(':')[0] in ('cpu', 'cuda')",
     "0 < learning_rate < math.inf and 0 <= validation_fraction < 1",
     "video_every == 10 or capture_video",
+    "'' not in (expert_data, expert, run_dir, exp_name)",
 ]
 
 
@@ -402,10 +403,9 @@ def main(argv: list[str] | None = None) -> int:
         cpu = torch.cpu.get_capabilities()
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
-        env = make_env(args, "rgb_array_list" if args.capture_video else None)
         with one_line("--device or --capture-video"):
             torch.zeros(1, device=args.device)
-            env.reset()  # draws a frame
+            make_env(args, "rgb_array_list" if args.capture_video else None).reset()  # draws a frame
         train(args)
         return 0
     except (Failure, OSError) as error:

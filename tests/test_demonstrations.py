@@ -22,6 +22,7 @@ from imitation import (
     demonstrations,
     linear_expert,
     load_actor,
+    make_actor,
     mean_action,
     needs_real_files,
     policy_of,
@@ -156,6 +157,7 @@ OTHER_POLICIES = [
     {"activation": "maximum"},
     {"hidden_size": 5},
     {"state_dict": {}},
+    {"state_dict": make_actor(hidden_size=4, activation="relu").state_dict() | {"log_std": torch.tensor([torch.nan])}},
     {"state_dict": None},
 ]
 
