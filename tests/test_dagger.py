@@ -263,6 +263,7 @@ BROKEN = [  # 80 steps make the demonstrations and evaluate the expert, 80 the f
 ]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # the deviation of infinite returns
 @pytest.mark.parametrize(("kwargs", "message", "iterations"), BROKEN)
 def test_an_environment_that_breaks_ends_the_run(kwargs, message, iterations, tmp_path, small, capsys):
     kwargs = str(kwargs).replace("'", '"').replace(" ", "")
