@@ -383,7 +383,7 @@ def one_line(what: object, exit_code: int = 2):
         raise
     except Exception as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        raise Failure(exit_code, f"{what}: {cause or type(cause).__name__}") from error
+        raise Failure(exit_code, f"{what}: {str(cause) or type(cause).__name__}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
