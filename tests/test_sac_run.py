@@ -764,7 +764,7 @@ def test_a_policy_file_that_fits_nothing(tmp_path, capsys):
         ({"activation": "step"}, "step"),
         ({"state_dict": 7}, "policy.pt"),
         ({"state_dict": {}}, "Missing key"),
-        ({"format": "policy/9"}, "policy/9"),
+        ({"format": "policy/9"}, "format"),
         ({"env_id": "Hopper-v4"}, "size mismatch"),
         ({"env_id": 3}, ""),
         ({"action_low": [-2.0]}, "'action_low': [-1.0]"),
