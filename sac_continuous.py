@@ -232,7 +232,7 @@ class Agent(nn.Module):
         # A stream for exploration, one for replay and one for losses: drawing from one never shifts another.
         seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
         self.streams = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        if args.compile == "always":  # losses and gradients become one program each, when they are first called
+        if args.compile == "always":  # the gradients, which change and draw nothing, become one program each
             self.cache = tempfile.TemporaryDirectory()  # a shared one can hold what a killed run left
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.cache.name
             torch._dynamo.config.trace_autograd_ops = True
@@ -290,7 +290,6 @@ class Agent(nn.Module):
         self.optimizer.step()
         self.optimizer.zero_grad()  # parameters without a gradient stay as they are
 
-    # The methods named gradients change nothing and draw nothing, so that they can be compiled.
     def critic_gradients(self, obs, action, reward, next_obs, terminated, noise, pair) -> tuple[tuple, dict]:
         with torch.no_grad():
             if self.value:
@@ -599,11 +598,12 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
         compiler = shutil.which(os.environ.get("CXX", "g++")) and Path(get_path("include"), "Python.h").exists()
         args.compile = "always" if args.total_steps >= 100_000 and (compiler or args.device != "cpu") else "never"
     args.torch_threads = args.torch_threads or torch.get_num_threads()
-    for rule in RULES:
-        if not eval(rule, globals(), vars(args)):
-            names = compile(rule, "rule", "eval").co_names
-            given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name in names]
-            raise Failure(2, f"{' '.join(given)}: it must hold that {rule}")
+    with one_line("settings"):
+        for rule in RULES:
+            if not eval(rule, globals(), vars(args)):
+                names = compile(rule, "rule", "eval").co_names
+                given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name in names]
+                raise ValueError(f"{' '.join(given)}: it must hold that {rule}")
     return args, content
 
 
