@@ -343,7 +343,7 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
     save(run_dir / "args.json", json.dumps(vars(args), indent=2) + "\n")
     began, step_times, metrics = time.perf_counter() - wall_time_s, [], {}
     bar = tqdm(total=args.total_steps, initial=first_step, dynamic_ncols=True, miniters=1, mininterval=1)
-    with bar, SummaryWriter(str(run_dir), purge_step=first_step + 1) as tensorboard:
+    with bar, SummaryWriter(str(run_dir), purge_step=first_step + 1, filename_suffix=f".{first_step}") as tensorboard:
         for step in range(first_step, args.total_steps):
             step_began = time.perf_counter()
             action = agent.random_action() if step < args.random_steps else agent.act(obs)
