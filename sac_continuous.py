@@ -124,7 +124,7 @@ class Actor(nn.Module):
     def log_prob(self, u: torch.Tensor, noise: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
         """log pi(a|s) of the action that u = mean + exp(log_std) noise becomes (2018b, eq. 26). Returns (batch,)."""
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        if self.squash:  # minus log(1 - tanh(u)^2), in a form that stays exact where tanh(u) rounds to 1
+        if self.squash:  # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), exact where tanh(u) rounds to 1
             log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))
         return log_prob.sum(-1)
 
