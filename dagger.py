@@ -79,7 +79,8 @@ class Actor(nn.Module):
         layers = []
         for fan_in, fan_out in itertools.pairwise([obs_dim, *[args.hidden_size] * args.num_layers]):
             layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[args.activation]()]
-        self.squash, self.std_from_net = args.squash, args.actor_std == "state"
+        self.std_from_net = args.actor_std == "state"
+        self.to_action = nn.Tanh() if args.squash else nn.Identity()
         self.net = nn.Sequential(*layers, nn.Linear(args.hidden_size, action_dim * (2 if self.std_from_net else 1)))
         if args.actor_std == "shared":
             self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -94,14 +95,12 @@ class Actor(nn.Module):
 
     def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic policy that evaluations follow. Returns (batch, action_dim)."""
-        mean, _ = self(obs)
-        return mean.tanh() if self.squash else mean
+        return self.to_action(self(obs)[0])
 
     def sample(self, obs: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
         """Sampled actions (batch, action_dim)."""
         mean, log_std = self(obs)
-        u = mean + log_std.exp() * torch.randn(mean.shape, generator=noise)
-        return u.tanh() if self.squash else u
+        return self.to_action(mean + log_std.exp() * torch.randn(mean.shape, generator=noise))
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -202,9 +201,8 @@ def train(args: Args) -> None:
     if args.expert_data:
         data = load_demonstrations(args, env)
     else:
-        seeds = torch.randint(
-            2**31, (args.num_trajectories or 2,), generator=stream(DEMONSTRATIONS, args.seed)
-        ).tolist()
+        chance = stream(DEMONSTRATIONS, args.seed)
+        seeds = torch.randint(2**31, (args.num_trajectories or 2,), generator=chance).tolist()
         episodes = [rollout(expert.mean_action, env, seed) for seed in seeds]
         data = {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
     obs, action = (torch.from_numpy(data[field])[-args.buffer_size :] for field in ("observations", "actions"))

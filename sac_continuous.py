@@ -99,6 +99,7 @@ class Actor(nn.Module):
         for fan_in, fan_out in itertools.pairwise([obs_dim, *[args.hidden_size] * args.num_layers]):
             layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[args.activation]()]
         self.squash, self.std_from_net = args.squash, args.actor_std == "state"
+        self.to_action = nn.Tanh() if args.squash else nn.Identity()
         self.net = nn.Sequential(*layers, nn.Linear(args.hidden_size, action_dim * (2 if self.std_from_net else 1)))
         if args.actor_std == "shared":
             self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -113,13 +114,12 @@ class Actor(nn.Module):
 
     def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic policy that evaluations follow. Returns (batch, action_dim)."""
-        mean, _ = self(obs)
-        return mean.tanh() if self.squash else mean
+        return self.to_action(self(obs)[0])
 
     def sample(self, mean, log_std, noise) -> tuple[torch.Tensor, torch.Tensor]:
         """Reparametrised action (batch, action_dim) and its log-probability (batch,)."""
         u = mean + log_std.exp() * noise
-        return u.tanh() if self.squash else u, self.log_prob(u, noise, log_std)
+        return self.to_action(u), self.log_prob(u, noise, log_std)
 
     def log_prob(self, u: torch.Tensor, noise: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
         """log pi(a|s) of the action that u = mean + exp(log_std) noise becomes (2018b, eq. 26). Returns (batch,)."""
@@ -221,7 +221,8 @@ class Agent(nn.Module):
         self.value = Ensemble(1, obs_dim, args) if args.critic_backup == "value" else None
         self.target = copy.deepcopy(self.value or self.critic)  # what the critics' target reads
         log_temperature = 0.0 if args.temperature in ("auto", 0) else math.log(args.temperature)
-        self.log_temperature = nn.Parameter(torch.tensor(log_temperature))
+        self.log_temperature = nn.Parameter(torch.tensor(log_temperature), requires_grad=args.temperature == "auto")
+        self.actor_and_temperature = [p for p in (*self.actor.parameters(), self.log_temperature) if p.requires_grad]
         self.target_entropy = -float(action_dim) if args.target_entropy == "auto" else args.target_entropy
         self.to(self.device)
         trained = [(self.critic, args.critic_lr), (self.actor, args.actor_lr), (self.value, args.critic_lr)]
@@ -232,14 +233,15 @@ class Agent(nn.Module):
         # A stream for exploration, one for replay and one for losses: drawing from one never shifts another.
         seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
         self.streams = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        if args.compile == "always":  # the gradients, which change and draw nothing, become one program each
+        if args.compile == "always":  # the gradients, which change and draw nothing, become a program each, unguarded
             self.cache = tempfile.TemporaryDirectory()  # a shared one can hold what a killed run left
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.cache.name
             torch._dynamo.config.trace_autograd_ops = True
             cpp = {"cpp_wrapper": True, "compile_threads": 1, "cpp_cache_precompile_headers": False}
-            how = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {"options": cpp}
+            options = {"triton.cudagraphs": True} if self.device.type == "cuda" else cpp
             for name in ("critic_gradients", "value_gradients", "actor_gradients"):
-                setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False, **how))
+                how = options | {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+                setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False, options=how))
 
     @property
     def temperature(self) -> torch.Tensor | float:
@@ -249,15 +251,15 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray) -> np.ndarray:
         """A sampled action (action_dim,) for one observation (obs_dim,)."""
         noise = torch.randn(self.action_dim, generator=self.streams[0], device=self.device)
-        action, _ = self.actor.sample(*self.actor(torch.from_numpy(obs).to(self.device)), noise)
-        return action.cpu().numpy()
+        mean, log_std = self.actor(torch.from_numpy(obs).to(self.device))
+        return self.actor.to_action(mean + log_std.exp() * noise).cpu().numpy()
 
     def random_action(self) -> np.ndarray:
         """Uniform in [-1, 1]^action_dim."""
         return (2 * torch.rand(self.action_dim, generator=self.streams[0], device=self.device) - 1).cpu().numpy()
 
     def update(self, buffer: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
-        """Critic updates on fresh batches, then one of the actor and one of the temperature. Returns what is logged."""
+        """Critic updates on fresh batches, then one of actor and temperature. Returns what is logged."""
         args, pair, (_, replay, losses) = self.args, None, self.streams
         if args.lr_schedule == "linear":
             for group in self.optimizer.param_groups:
@@ -278,10 +280,7 @@ class Agent(nn.Module):
                 torch._foreach_lerp_([p.data for p in self.target.parameters()], [p.data for p in online], args.tau)
         noise = torch.randn(args.num_actor_samples * len(obs), self.action_dim, generator=losses, device=self.device)
         gradients, of_actor = self.actor_gradients(obs, noise)
-        self.step(self.actor.parameters(), gradients)
-        if args.temperature == "auto":
-            loss = temperature_loss(self.log_temperature, -of_actor["entropy"], self.target_entropy)
-            self.step([self.log_temperature], torch.autograd.grad(loss, [self.log_temperature]))
+        self.step(self.actor_and_temperature, gradients)
         return metrics | of_actor
 
     def step(self, parameters, gradients) -> None:
@@ -303,8 +302,8 @@ class Agent(nn.Module):
         q = self.critic(obs, action)  # (num_critics, batch)
         loss = critic_loss(q, target)
         metrics = {"critic_loss": loss, "q_values": q, "q_values_std": q.mean(0).std(0, False), "target_values": target}
-        gradients = torch.autograd.grad(loss, list(self.critic.parameters()))
-        return gradients, {name: value.detach() for name, value in metrics.items()}
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return torch.autograd.grad(loss, list(self.critic.parameters())), metrics
 
     def value_gradients(self, obs, noise) -> tuple:
         """V(s) regresses on min_j Q_j(s, a) - temperature log pi(a|s) (2018a, eq. 5)."""
@@ -325,7 +324,9 @@ class Agent(nn.Module):
         loss = actor_loss(log_prob, q, self.temperature)
         metrics = {"actor_loss": loss.detach(), "entropy": -log_prob.detach(), "temperature": self.temperature}
         metrics |= {"policy_std": log_std.detach().exp(), "action_saturation": action.detach().abs() > 0.99}
-        return torch.autograd.grad(loss, list(self.actor.parameters())), metrics
+        if self.args.temperature == "auto":  # one sum, of which either part has a gradient for its own parameters alone
+            loss = loss + temperature_loss(self.log_temperature, log_prob.detach(), self.target_entropy)
+        return torch.autograd.grad(loss, self.actor_and_temperature), metrics
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -484,9 +485,8 @@ def record(agent: Agent, args: Args, folder: Path, name: str) -> np.ndarray:
     for i, image in enumerate(images):
         text = f"step {i}   reward {rewards[i]:.2f}   return {sum(rewards[: i + 1]):.1f}"
         ImageDraw.Draw(image).text((10, 8), text, font_size=image.width / 24, stroke_width=2, stroke_fill="black")
-    save_video(
-        [np.asarray(image) for image in images], str(folder), fps=env.metadata.get("render_fps", 30), name_prefix=name
-    )
+    fps = env.metadata.get("render_fps", 30)
+    save_video([np.asarray(image) for image in images], str(folder), fps=fps, name_prefix=name)
     return np.stack([np.asarray(image.reduce(2)) for image in images[::4]]).transpose(0, 3, 1, 2)[None]
 
 
