@@ -20,7 +20,7 @@ matplotlib.use("Agg")  # before pyplot: no window, no display needed
 
 import matplotlib.pyplot as plt
 import numpy as np
-from curves import Curve, Published, group, read_curves, read_published, without_version
+from curves import Curve, group, read_curves, read_published, without_version
 from errors import Parser, UserError, run_main
 from matplotlib.ticker import EngFormatter
 
@@ -87,12 +87,12 @@ def draw(axes, index: int, label: str, steps: np.ndarray, interval: tuple) -> No
     axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def draw_published(axes, results: list[Published]) -> None:
+def draw_levels(axes, levels: list[tuple[str, float]]) -> None:
     """A grey line across the panel for each, with its marker on it, apart from those of its neighbours."""
-    for i, (result, marker) in enumerate(zip(results, MARKERS * len(results), strict=False)):
+    for i, ((label, value), marker) in enumerate(zip(levels, MARKERS * len(levels), strict=False)):
         axes.plot(
-            [0, (i + 0.5) / len(results), 1],  # in widths of the panel
-            [result.return_mean] * 3,
+            [0, (i + 0.5) / len(levels), 1],  # in widths of the panel
+            [value] * 3,
             transform=axes.get_yaxis_transform(),
             color="#555555",
             linewidth=0.8,
@@ -100,7 +100,7 @@ def draw_published(axes, results: list[Published]) -> None:
             marker=marker,
             markersize=5,
             markevery=[1],
-            label=f"{result.source}, at {EngFormatter(sep='')(result.steps)} steps",
+            label=label,
         )
 
 
@@ -128,7 +128,24 @@ def add_legend(figure, panels: list) -> None:
     figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(handles) / columns))
 
 
-def plot_environments(curves: list[Curve], column: str, statistic, published: list[Published]):
+def levels_of_published(path: Path) -> list[tuple[str, str, float]]:
+    """(environment without its version, label, return)"""
+    results = read_published(path)
+    labels = [f"{result.source}, at {EngFormatter(sep='')(result.steps)} steps" for result in results]
+    return [(result.env, label, result.return_mean) for result, label in zip(results, labels, strict=True)]
+
+
+def levels_of_runs(argument: str, column: str) -> list[tuple[str, str, float]]:
+    """LABEL=PATH[:COLUMN] -> the mean over seeds of the last row, for each environment, as above."""
+    path, _, named = argument.partition(":")
+    return [
+        (without_version(env_id), label, float(np.mean([curve[named or column][-1] for curve in seeds])))
+        for env_id, by_label in group(read_curves([path])).items()
+        for label, seeds in by_label.items()
+    ]
+
+
+def plot_environments(curves: list[Curve], column: str, statistic, levels: list[tuple[str, str, float]]):
     groups = group(curves)
     labels = list(dict.fromkeys(curve.label for curve in curves))
     figure, panels = make_panels(len(groups))
@@ -136,7 +153,7 @@ def plot_environments(curves: list[Curve], column: str, statistic, published: li
         for label, seeds in by_label.items():
             steps, values = align(seeds, column)
             draw(panel, labels.index(label), label, steps, with_interval([values], statistic))
-        draw_published(panel, [result for result in published if result.env == without_version(env_id)])
+        draw_levels(panel, [(label, value) for env, label, value in levels if env == without_version(env_id)])
         panel.set(title=env_id, xlabel="step", ylabel=column.replace("_", " "))
     add_legend(figure, panels)
     return figure
@@ -207,13 +224,20 @@ def main() -> None:
     parser.add_argument("--column", default="eval_return_mean", help="of progress.csv")
     parser.add_argument("--published", type=Path, help="draw the results of a CSV like benchmark/published.csv")
     parser.add_argument(
+        "--level",
+        action="append",
+        default=[],
+        metavar="LABEL=PATH[:COLUMN]",
+        help="draw the last values of other runs, or of another column, as a horizontal line",
+    )
+    parser.add_argument(
         "--normalise",
         metavar="SOURCE",
         help="draw one panel of scores, where 1 is this source of benchmark/published.csv",
     )
     args = parser.parse_args()
-    if args.normalise and args.published:
-        raise UserError("--normalise and --published contradict each other: scores have a published source already")
+    if args.normalise and (args.published or args.level):
+        raise UserError("--normalise contradicts --published and --level: scores have a published source already")
     curves, statistic = read_curves(args.paths), STATISTICS[args.statistic]
     with plt.rc_context(STYLE):
         if args.normalise:
@@ -221,8 +245,9 @@ def main() -> None:
         elif len(args.paths) == len(curves) == 1 and curves[0].path == Path(args.paths[0]) and curves[0].path.is_dir():
             figure = plot_run(curves[0])
         else:
-            published = read_published(args.published) if args.published else []
-            figure = plot_environments(curves, args.column, statistic, published)
+            levels = levels_of_published(args.published) if args.published else []
+            levels += [level for argument in args.level for level in levels_of_runs(argument, args.column)]
+            figure = plot_environments(curves, args.column, statistic, levels)
         save(figure, args.out)
 
 

@@ -449,6 +449,18 @@ def test_scores_are_zero_for_random_and_one_for_the_published(tmp_path):
     assert line.get_ydata() == pytest.approx([0, 1])
 
 
+def test_levels_are_the_means_of_last_values_of_each_environment(tmp_path):
+    for seed, last in ((1, 10.0), (2, 30.0)):
+        write_run(tmp_path / f"bc/Hopper-v4__{seed}", "Hopper-v4", seed, [5.0, last], expert=[0, 7 * last])
+        write_run(tmp_path / f"bc/Ant-v4__{seed}", "Ant-v4", seed, [5.0, 2 * last], expert=[0, 9 * last])
+    levels = plot.levels_of_runs(f"clone={tmp_path / 'bc'}", "eval_return_mean")
+    levels += plot.levels_of_runs(f"best={tmp_path / 'bc'}:expert", "eval_return_mean")
+    assert levels == [("Ant", "clone", 40), ("Hopper", "clone", 20), ("Ant", "best", 180), ("Hopper", "best", 140)]
+    found = curves.read_curves([str(tmp_path / "bc")])
+    figure = plot.plot_environments(found, "eval_return_mean", plot.mean, levels)
+    assert [set(line.get_ydata()) for line in figure.axes[1].lines[1:]] == [{20}, {140}]
+
+
 @pytest.mark.parametrize(
     ("program", "arguments", "complaint"),
     [
@@ -458,6 +470,8 @@ def test_scores_are_zero_for_random_and_one_for_the_published(tmp_path):
         ("plot", ["X", "--out", "x", "--column", "gold"], "has no column gold"),
         ("plot", ["X", "--out", "x", "--normalise", "God"], "not a source"),
         ("plot", ["X", "--out", "x", "--normalise", "CleanRL SAC", "--published", "y"], "contradict"),
+        ("plot", ["X", "--out", "x", "--normalise", "CleanRL SAC", "--level", "y=X"], "contradict"),
+        ("plot", ["X", "--out", "x", "--level", "y=X:gold"], "has no column gold"),
         ("plot", ["X"], "--out"),
         ("table", ["X", "--published", "X/plain/Hopper-v4__1/progress.csv"], "not a table of published results"),
         ("throughput", ["--out", "x", "--threads", "999"], "--threads 999"),
