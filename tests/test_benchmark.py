@@ -471,7 +471,7 @@ def test_levels_are_the_means_of_last_values_of_each_environment(tmp_path):
         ("plot", ["X", "--out", "x", "--normalise", "God"], "not a source"),
         ("plot", ["X", "--out", "x", "--normalise", "CleanRL SAC", "--published", "y"], "contradict"),
         ("plot", ["X", "--out", "x", "--normalise", "CleanRL SAC", "--level", "y=X"], "contradict"),
-        ("plot", ["X", "--out", "x", "--level", "y=X:gold"], "has no column gold"),
+        ("plot", ["X", "--out", "x", "--level", "y=X/plain:gold"], "has no column gold"),
         ("plot", ["X"], "--out"),
         ("table", ["X", "--published", "X/plain/Hopper-v4__1/progress.csv"], "not a table of published results"),
         ("throughput", ["--out", "x", "--threads", "999"], "--threads 999"),
