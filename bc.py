@@ -4,8 +4,7 @@
 
 Pomerleau 1991, "Efficient Training of Artificial Neural Networks for Autonomous Navigation". Why a clone drifts from
 its demonstrations: Ross, Gordon and Bagnell 2011, arXiv:1011.0686, whose remedy is dagger.py.
-Writes a run folder, runs/ENV__EXP__SEED__TIME: args.json (settings), progress.csv (a row per evaluation), policy.pt,
-TensorBoard's events and, with --capture-video, videos/*.mp4.
+Writes runs/ENV__EXP__SEED__TIME: args.json, progress.csv, policy.pt, TensorBoard's events, videos/*.mp4.
 """
 
 import contextlib
@@ -197,12 +196,14 @@ def train(args: Args) -> None:
     held_out, training = (rows.to(args.device) for rows in split(data, args.validation_fraction, args.seed))
     if args.batch_size > len(training):
         raise Failure(2, f"--batch-size {args.batch_size}: there are only {len(training)} steps to train on")
-    obs, action = (torch.from_numpy(data[field]).to(args.device) for field in ("observations", "actions"))
+    obs, action = (torch.from_numpy(data[field]) for field in ("observations", "actions"))
+    mean, std = obs.mean(0), obs.std(0).clamp(min=1e-2)  # by which the learner's observations are standardised
+    obs, action = ((obs - mean) / std).to(args.device), action.to(args.device)
     torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
     shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
     with one_line(f"--hidden-size {args.hidden_size}"):
-        actor = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
-    parameters = list(actor.parameters())
+        learner = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
+    parameters = list(learner.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or Path("runs", name.replace("/", "_").replace(":", "_")))
@@ -215,9 +216,8 @@ def train(args: Args) -> None:
         expert_return = data["rewards"].sum().item() / (data["terminations"] | data["truncations"]).sum()
         if expert:
             expert_return = evaluate(expert, env, args.eval_episodes)["return_mean"]
-        for step in range(1, args.train_steps + 1):
-            index = next(indices)
-            loss, reported = bc_loss(actor, obs[index], action[index], args.loss)
+        for step, index in enumerate(itertools.islice(indices, args.train_steps), start=1):
+            loss, reported = bc_loss(learner, obs[index], action[index], args.loss)
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
             optimizer.step()
@@ -230,7 +230,10 @@ def train(args: Args) -> None:
                 log(tensorboard, "learning", {"loss": reported, "weight_norm": norm}, step)
             if step % args.eval_every == 0 or last:
                 bar.set_description("evaluating")
-                _, validation_loss = bc_loss(actor, obs[held_out], action[held_out], args.loss)
+                _, validation_loss = bc_loss(learner, obs[held_out], action[held_out], args.loss)
+                actor = copy.deepcopy(learner).cpu()  # of observations as they come: its first layer standardises them
+                actor.net[0].weight.data /= std
+                actor.net[0].bias.data -= actor.net[0].weight.data @ mean
                 result = evaluate(actor, env, args.eval_episodes)
                 sampled = evaluate(actor, env, args.eval_episodes, stream(EVALUATION, args.seed))
                 row = {"step": step, "wall_time_s": time.perf_counter() - began}
@@ -245,7 +248,7 @@ def train(args: Args) -> None:
                 lines = [",".join(map(str, line)) + "\n" for line in (row, *(row.values() for row in rows))]
                 save(run_dir / "progress.csv", "".join(lines))
                 policy = {"format": POLICY, "algorithm": "bc"} | {name: vars(shape)[name] for name in POLICY_SETTINGS}
-                policy["state_dict"] = copy.deepcopy(actor).cpu().state_dict()
+                policy["state_dict"] = actor.state_dict()
                 save(run_dir / "policy.pt", policy | env.spaces)
                 bar.set_postfix(eval=row["eval_return_mean"], expert=expert_return)
                 if args.capture_video and (step // args.eval_every % args.video_every == 0 or last):
@@ -307,8 +310,7 @@ def rollout(act: Callable[[torch.Tensor], torch.Tensor], env: gym.Env, seed: int
 
 
 def evaluate(actor: Actor, env: gym.Env, num_episodes: int, noise: torch.Generator | None = None) -> dict[str, float]:
-    """Episodes of the mean action, or with noise of sampled ones, from the same states each time."""
-    actor = copy.deepcopy(actor).cpu()
+    """Episodes of the mean action, or with noise of sampled ones, from the same states each time, on the CPU."""
     act = (lambda obs: actor.sample(obs, noise)) if noise else actor.mean_action
     rewards = [rollout(act, env, 1_000 + i)["rewards"] for i in range(num_episodes)]
     returns = [of_one.sum(dtype=np.float64) for of_one in rewards]

@@ -50,16 +50,17 @@ class Args:
     num_trajectories: int | None = None  # demonstrated episodes to use (default: all; 2 where the expert makes them)
 
     num_iterations: int = 10  # the first clones the demonstrations, each later one rolls out the learner, then trains
-    train_steps_per_iteration: int = 1_000  # gradient steps
-    rollout_steps: int = 1_000  # environment steps of an iteration: whole episodes until there are at least so many
+    train_steps_per_iteration: int = 3_000  # gradient steps
+    rollout_steps: int = 3_000  # environment steps of an iteration: whole episodes until there are at least so many
     expert_mixing: float = 0.0  # beta: in the rollouts of iteration i the expert acts with probability beta^i
     buffer_size: int = 1_000_000  # labelled steps the data set holds; the oldest leave first
-    batch_size: int = 100  # labelled steps in a batch, drawn without replacement
-    learning_rate: float = 5e-3  # Adam's
+    batch_size: int = 256  # labelled steps in a batch, drawn without replacement
+    learning_rate: float = 3e-3  # Adam's
+    lr_schedule: Literal["constant", "linear"] = "linear"  # linear: the learning rate falls to zero over the run
     loss: Literal["nll", "mse"] = "nll"  # negative log-likelihood, or squared error of the mean action
-    hidden_size: int = 64  # units of a hidden layer
-    num_layers: int = 2  # hidden layers
-    activation: Literal["relu", "tanh", "leaky-relu", "selu", "silu"] = "tanh"  # non-linearity of the hidden layers
+    hidden_size: int = 256  # units of a hidden layer
+    num_layers: int = 3  # hidden layers
+    activation: Literal["relu", "tanh", "leaky-relu", "selu", "silu"] = "relu"  # non-linearity of the hidden layers
 
     eval_episodes: int = 10  # episodes of the evaluation after each iteration, of the mean action and of sampled ones
     log_every: int = 100  # gradient steps between TensorBoard points
@@ -181,7 +182,7 @@ def rollouts(actor: Actor, expert: Actor, env: gym.Env, args: Args, iteration: i
     paper's algorithm 3.1, beta_i = beta^i.
     """
     seeds, coins, noise = (stream(purpose, iteration, args.seed) for purpose in (ROLLOUTS, COINS, NOISE))
-    actor, beta, steps = copy.deepcopy(actor).cpu(), args.expert_mixing**iteration, 0
+    beta, steps = args.expert_mixing**iteration, 0
 
     def mixture(obs: torch.Tensor) -> torch.Tensor:
         expert_acts = beta > 0 and torch.rand(len(obs), 1, generator=coins) < beta
@@ -211,15 +212,16 @@ def train(args: Args) -> None:
     torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
     shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
     with one_line(f"--hidden-size {args.hidden_size}"):
-        actor = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
-    parameters = list(actor.parameters())
+        learner = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
+    mean, std = obs.mean(0), obs.std(0).clamp(min=1e-2)  # by which the learner's observations are standardised
+    parameters = list(learner.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or Path("runs", name.replace("/", "_").replace(":", "_")))
     with one_line("--run-dir"):
         run_dir.mkdir(parents=True)
     save(run_dir / "args.json", json.dumps(vars(args) | {"run_dir": str(run_dir)}, indent=2) + "\n")
-    began, rows, step, env_steps = time.perf_counter(), [], 0, 0
+    began, rows, step, env_steps, actor = time.perf_counter(), [], 0, 0, None
     total = args.num_iterations * args.train_steps_per_iteration
     bar = tqdm(total=total, desc="evaluating", dynamic_ncols=True, miniters=1, mininterval=1)
     with bar, SummaryWriter(str(run_dir)) as tensorboard:
@@ -236,12 +238,14 @@ def train(args: Args) -> None:
                 returns.append(episode["rewards"].sum(dtype=np.float64).item())
                 env_steps += len(new_obs)
             bar.set_description("training")
-            device_obs, device_action = obs.to(args.device), action.to(args.device)
+            device_obs, device_action = ((obs - mean) / std).to(args.device), action.to(args.device)
             indices = batches(len(obs), args.batch_size, iteration, args.seed)
             for index in itertools.islice(indices, args.train_steps_per_iteration):
-                loss, reported = bc_loss(actor, device_obs[index], device_action[index], args.loss)
+                loss, reported = bc_loss(learner, device_obs[index], device_action[index], args.loss)
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                     parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
+                if args.lr_schedule == "linear":
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / total)
                 optimizer.step()
                 losses.append(reported)
                 step += 1
@@ -249,6 +253,9 @@ def train(args: Args) -> None:
                 if step % args.log_every == 0:
                     log(tensorboard, "learning", {"loss": reported}, step)
 
+            actor = copy.deepcopy(learner).cpu()  # of observations as they come: its first layer standardises them
+            actor.net[0].weight.data /= std
+            actor.net[0].bias.data -= actor.net[0].weight.data @ mean
             last = iteration + 1 == args.num_iterations
             bar.set_description("evaluating")
             log(tensorboard, "learning", {"weight_norm": nn.utils.get_total_norm(parameters)}, step)
@@ -267,7 +274,7 @@ def train(args: Args) -> None:
             lines = [",".join(map(str, line)) + "\n" for line in (row, *(row.values() for row in rows))]
             save(run_dir / "progress.csv", "".join(lines))
             policy = {"format": POLICY, "algorithm": "dagger"} | {name: vars(shape)[name] for name in POLICY_SETTINGS}
-            policy["state_dict"] = copy.deepcopy(actor).cpu().state_dict()
+            policy["state_dict"] = actor.state_dict()
             for name in (f"policy_iteration_{iteration}.pt", "policy.pt"):
                 save(run_dir / name, policy | env.spaces)
             bar.set_postfix(eval=row["eval_return_mean"], expert=expert_return)
@@ -330,8 +337,7 @@ def rollout(act: Callable[[torch.Tensor], torch.Tensor], env: gym.Env, seed: int
 
 
 def evaluate(actor: Actor, env: gym.Env, num_episodes: int, noise: torch.Generator | None = None) -> dict[str, float]:
-    """Episodes of the mean action, or with noise of sampled ones, from the same states each time."""
-    actor = copy.deepcopy(actor).cpu()
+    """Episodes of the mean action, or with noise of sampled ones, from the same states each time, on the CPU."""
     act = (lambda obs: actor.sample(obs, noise)) if noise else actor.mean_action
     rewards = [rollout(act, env, 1_000 + i)["rewards"] for i in range(num_episodes)]
     returns = [of_one.sum(dtype=np.float64) for of_one in rewards]

@@ -116,7 +116,11 @@ def test_recovers_a_known_linear_gaussian_policy(loss, tmp_path):
     ("script", "steps", "policy"),
     [
         (bc, "--train-steps 1", "policy.pt"),
-        (dagger, "--num-iterations 2 --train-steps-per-iteration 1", "policy_iteration_0.pt"),
+        (
+            dagger,
+            "--num-iterations 2 --train-steps-per-iteration 1 --num-layers 2 --activation tanh --learning-rate 5e-3",
+            "policy_iteration_0.pt",
+        ),
     ],
     ids=["bc", "dagger"],
 )

@@ -101,6 +101,11 @@ def test_rollouts_are_whole_episodes_until_there_are_enough_steps():
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
+def standardised(obs, demonstrated):
+    obs, demonstrated = torch.from_numpy(obs), torch.from_numpy(demonstrated)
+    return (obs - demonstrated.mean(0)) / demonstrated.std(0).clamp(min=1e-2)
+
+
 @pytest.fixture
 def trained_on(monkeypatch):
     """What each iteration is trained on, obs and action, and what the rollouts before it saw."""
@@ -121,21 +126,21 @@ def trained_on(monkeypatch):
     return data, seen
 
 
-def test_every_visited_state_is_labelled_by_the_expert_in_the_right_units(tmp_path, trained_on):
+def test_every_visited_state_is_labelled_by_the_expert_in_the_right_units(tmp_path, trained_on, monkeypatch):
     """An expert of CS285 speaks in the environment's own units, the learner and the data set in [-1, 1]."""
     policy, expert = cs285_policy(), str(tmp_path / "expert.pt")
     assert convert.main([write_pickle(tmp_path / "expert.pkl", policy), expert, "--env-id", "Odd-v0"]) == 0
+    played, original = [], dagger.rollout
+    monkeypatch.setattr(dagger, "rollout", lambda *given: played.append(original(*given)) or played[-1])
     arguments = f"--env-id Odd-v0 --expert {expert} {SMALL} --expert-mixing 0.5"
     assert run(dagger, arguments, tmp_path / "run") == 0
     data, seen = trained_on
     assert [len(obs) for obs, _ in data.values()] == [40, 80, 120, 160]  # demonstrations, then episodes
+    demonstrated = all_obs = np.concatenate([episode["observations"] for episode in played[:2]])
     for i, (obs, action) in data.items():
-        assert ODD_CENTRE + ODD_HALF_WIDTH * action.numpy() == pytest.approx(
-            cs285_action(policy, obs.numpy()), abs=1e-4
-        )
-        if i:
-            assert torch.equal(obs[:-40], data[i - 1][0])
-            assert np.array_equal(obs[-40:], seen[i])
+        all_obs = np.concatenate([all_obs, seen[i]]) if i else all_obs
+        assert torch.equal(obs, standardised(all_obs, demonstrated))
+        assert ODD_CENTRE + ODD_HALF_WIDTH * action.numpy() == pytest.approx(cs285_action(policy, all_obs), abs=1e-4)
     assert [row["env_steps"] for row in rows(tmp_path / "run")] == ["0", "40", "80", "120"]
     assert [row["expert_queries"] for row in rows(tmp_path / "run")] == ["0", "40", "80", "120"]
 
@@ -149,9 +154,11 @@ def test_the_buffer_bounds_what_is_trained_on_and_the_oldest_leave_first(buffer_
     data, seen = trained_on
     for i, (obs, action) in data.items():
         all_obs = np.concatenate([all_obs, seen[i]]) if i else all_obs
-        assert np.array_equal(obs, all_obs[-buffer_size:])
+        kept = all_obs[-buffer_size:]
+        assert torch.equal(obs, standardised(kept, demonstrations()["observations"][-buffer_size:]))
         labels = min(len(obs), 40 * i)
-        assert action[len(obs) - labels :].numpy() == pytest.approx(mean_action(expert, obs[len(obs) - labels :]))
+        expected = mean_action(expert, torch.from_numpy(kept[len(obs) - labels :]))
+        assert action[len(obs) - labels :].numpy() == pytest.approx(expected)
     assert len(data) == 4
     first = data[0][1].numpy()
     assert np.array_equal(first, demonstrations()["actions"][-buffer_size:])
@@ -161,13 +168,13 @@ def test_the_buffer_bounds_what_is_trained_on_and_the_oldest_leave_first(buffer_
 def test_a_clone_drifts_where_dagger_does_not(tmp_path):
     expert = linear_expert(tmp_path / "expert.pt", [[-2.0]], "Drift-v0")
     common = f"--env-id Drift-v0 --expert {expert} --hidden-size 16 --torch-threads 1 --eval-episodes 1"
-    iterations = "--train-steps-per-iteration 300 --rollout-steps 300 --num-iterations 5"
+    iterations = "--train-steps-per-iteration 300 --rollout-steps 300 --num-iterations 5 --batch-size 100"
     assert run(dagger, f"{common} {iterations}", tmp_path / "dagger") == 0
     assert run(bc, f"{common} --train-steps 1500", tmp_path / "bc") == 0
     clone, first, last = rows(tmp_path / "bc")[-1], rows(tmp_path / "dagger")[0], rows(tmp_path / "dagger")[-1]
     assert float(last["expert_return_mean"]) == 100
-    assert float(clone["eval_return_mean"]) < 40
-    assert float(first["eval_return_mean"]) < 40
+    assert float(clone["eval_return_mean"]) < 60
+    assert float(first["eval_return_mean"]) < 60
     assert float(last["eval_return_mean"]) == 100
     assert float(last["eval_sampled_return_mean"]) == 100
 
@@ -178,7 +185,8 @@ def test_iteration_0_is_bc(tmp_path, small, monkeypatch):
     monkeypatch.setattr(dagger, "batches", lambda *_: iter(indices))
     monkeypatch.setattr(bc, "batches", lambda *_: iter(indices))
     data = f"--expert-data {write_npz(tmp_path / 'd.npz')}"
-    assert run(dagger, f"{small} {data} --num-iterations 2", tmp_path / "dagger") == 0
+    as_bc = "--num-iterations 2 --num-layers 2 --activation tanh --learning-rate 5e-3 --lr-schedule constant"
+    assert run(dagger, f"{small} {data} {as_bc}", tmp_path / "dagger") == 0
     same = "--env-id Tiny-v0 --train-steps 20 --batch-size 10 --hidden-size 16 --eval-episodes 2 --torch-threads 1"
     assert run(bc, f"{same} {data} --validation-fraction 0", tmp_path / "bc") == 0
     assert same_policy(policy_of(tmp_path / "bc"), policy_of(tmp_path / "dagger", "policy_iteration_0.pt"))

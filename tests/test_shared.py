@@ -10,11 +10,15 @@ from imitation import ROOT
 OF_EACH = {"RULES", "train", "Args.batch_size", "Args.eval_episodes", "Args.exp_name"}
 OF_SAC = {"Actor", "Actor.__init__", "Actor.sample", "POLICY", "evaluate", "log", "main", "make_env", "record"}
 OF_SAC |= {f"Args.{name}" for name in ("env_id", "activation", "hidden_size", "log_every")}
-OF_DAGGER = {"Args.video_every"}
+OF_DAGGER = {"Args.video_every", "Args.num_layers"}
 OWN_WORDING = {
     "sac_continuous.py bc.py": OF_EACH | OF_SAC | {"Args.eval_every"},
-    "sac_continuous.py dagger.py": OF_EACH | OF_SAC | OF_DAGGER | {"Args.buffer_size"},
-    "bc.py dagger.py": OF_EACH | OF_DAGGER | {"Args.expert_data", "batches", "DEMONSTRATIONS", "BATCHES", "EVALUATION"},
+    "sac_continuous.py dagger.py": (OF_EACH | OF_SAC | OF_DAGGER | {"Args.buffer_size", "Args.lr_schedule"})
+    - {"Args.activation", "Args.hidden_size"},
+    "bc.py dagger.py": OF_EACH
+    | OF_DAGGER
+    | {f"Args.{name}" for name in ("expert_data", "hidden_size", "activation", "learning_rate")}
+    | {"batches", "DEMONSTRATIONS", "BATCHES", "EVALUATION"},
 }
 
 
