@@ -233,15 +233,14 @@ class Agent(nn.Module):
         # A stream for exploration, one for replay and one for losses: drawing from one never shifts another.
         seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
         self.streams = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        if args.compile == "always":  # the gradients, which change and draw nothing, become a program each, unguarded
+        if args.compile == "always":  # the gradients, which change and draw nothing, become one program each
             self.cache = tempfile.TemporaryDirectory()  # a shared one can hold what a killed run left
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.cache.name
             torch._dynamo.config.trace_autograd_ops = True
             cpp = {"cpp_wrapper": True, "compile_threads": 1, "cpp_cache_precompile_headers": False}
-            options = {"triton.cudagraphs": True} if self.device.type == "cuda" else cpp
+            how = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {"options": cpp}
             for name in ("critic_gradients", "value_gradients", "actor_gradients"):
-                how = options | {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-                setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False, options=how))
+                setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False, **how))
 
     @property
     def temperature(self) -> torch.Tensor | float:
