@@ -37,6 +37,7 @@ import envs  # noqa: F401, registers Tiny-v0
 
 SMALL = "--num-iterations 4 --train-steps-per-iteration 20 --rollout-steps 30 --batch-size 10 --hidden-size 16"
 SMALL += " --eval-episodes 2 --log-every 10 --torch-threads 1"
+AS_BC = "--num-layers 2 --activation tanh --learning-rate 5e-3 --lr-schedule constant"
 
 
 @pytest.fixture
@@ -169,12 +170,12 @@ def test_a_clone_drifts_where_dagger_does_not(tmp_path):
     expert = linear_expert(tmp_path / "expert.pt", [[-2.0]], "Drift-v0")
     common = f"--env-id Drift-v0 --expert {expert} --hidden-size 16 --torch-threads 1 --eval-episodes 1"
     iterations = "--train-steps-per-iteration 300 --rollout-steps 300 --num-iterations 5 --batch-size 100"
-    assert run(dagger, f"{common} {iterations}", tmp_path / "dagger") == 0
+    assert run(dagger, f"{common} {iterations} {AS_BC}", tmp_path / "dagger") == 0
     assert run(bc, f"{common} --train-steps 1500", tmp_path / "bc") == 0
     clone, first, last = rows(tmp_path / "bc")[-1], rows(tmp_path / "dagger")[0], rows(tmp_path / "dagger")[-1]
     assert float(last["expert_return_mean"]) == 100
-    assert float(clone["eval_return_mean"]) < 60
-    assert float(first["eval_return_mean"]) < 60
+    assert float(clone["eval_return_mean"]) < 40
+    assert float(first["eval_return_mean"]) < 40
     assert float(last["eval_return_mean"]) == 100
     assert float(last["eval_sampled_return_mean"]) == 100
 
@@ -185,8 +186,7 @@ def test_iteration_0_is_bc(tmp_path, small, monkeypatch):
     monkeypatch.setattr(dagger, "batches", lambda *_: iter(indices))
     monkeypatch.setattr(bc, "batches", lambda *_: iter(indices))
     data = f"--expert-data {write_npz(tmp_path / 'd.npz')}"
-    as_bc = "--num-iterations 2 --num-layers 2 --activation tanh --learning-rate 5e-3 --lr-schedule constant"
-    assert run(dagger, f"{small} {data} {as_bc}", tmp_path / "dagger") == 0
+    assert run(dagger, f"{small} {data} {AS_BC} --num-iterations 2", tmp_path / "dagger") == 0
     same = "--env-id Tiny-v0 --train-steps 20 --batch-size 10 --hidden-size 16 --eval-episodes 2 --torch-threads 1"
     assert run(bc, f"{same} {data} --validation-fraction 0", tmp_path / "bc") == 0
     assert same_policy(policy_of(tmp_path / "bc"), policy_of(tmp_path / "dagger", "policy_iteration_0.pt"))
