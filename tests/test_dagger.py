@@ -104,7 +104,7 @@ def test_rollouts_are_whole_episodes_until_there_are_enough_steps():
 # ------------------------------------------------------------------------------------------------------------ the data
 def standardised(obs, demonstrated):
     obs, demonstrated = torch.from_numpy(obs), torch.from_numpy(demonstrated)
-    return (obs - demonstrated.mean(0)) / demonstrated.std(0).clamp(min=1e-2)
+    return (obs - demonstrated.mean(0)) / demonstrated.std(0, correction=0).clamp(min=1e-2)
 
 
 @pytest.fixture
