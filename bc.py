@@ -197,7 +197,7 @@ def train(args: Args) -> None:
     if args.batch_size > len(training):
         raise Failure(2, f"--batch-size {args.batch_size}: there are only {len(training)} steps to train on")
     obs, action = (torch.from_numpy(data[field]) for field in ("observations", "actions"))
-    mean, std = obs.mean(0), obs.std(0, correction=0).clamp(min=1e-2)  # by which the learner's observations are standardised
+    mean, std = obs.mean(0), obs.std(0, correction=0).clamp(min=1e-2)  # the learner sees (obs - mean) / std
     obs, action = ((obs - mean) / std).to(args.device), action.to(args.device)
     torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
     shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)

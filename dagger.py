@@ -213,7 +213,7 @@ def train(args: Args) -> None:
     shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
     with one_line(f"--hidden-size {args.hidden_size}"):
         learner = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
-    mean, std = obs.mean(0), obs.std(0, correction=0).clamp(min=1e-2)  # by which the learner's observations are standardised
+    mean, std = obs.mean(0), obs.std(0, correction=0).clamp(min=1e-2)  # the learner sees (obs - mean) / std
     parameters = list(learner.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
