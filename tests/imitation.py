@@ -32,8 +32,11 @@ def converted(folder, env_id, kind, suffix):
     return out
 
 
-def real_arguments(folder, env_id):
+def real_arguments(folder, env_id, steps=None):
+    """Of the demonstrations the first steps only, so few that any clone of them is poor, whatever its seed."""
     data, expert = converted(folder, env_id, "data", ".npz"), converted(folder, env_id, "policy", ".pt")
+    if steps:
+        np.savez(data, **{name: array[:steps] if array.shape else array for name, array in np.load(data).items()})
     return f"--env-id {env_id} --expert-data {data} --expert {expert} --torch-threads 1"
 
 

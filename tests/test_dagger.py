@@ -194,8 +194,8 @@ def test_iteration_0_is_bc(tmp_path, small, monkeypatch):
 
 @needs_real_files
 def test_dagger_repairs_hopper(tmp_path):
-    """Where two demonstrations are not enough, labels on the learner's own states are."""
-    arguments = f"{real_arguments(tmp_path, 'Hopper-v4')} --eval-episodes 2"
+    """Where a tenth of a demonstration is not enough, labels on the learner's own states are."""
+    arguments = f"{real_arguments(tmp_path, 'Hopper-v4', steps=100)} --batch-size 40 --eval-episodes 2"
     assert run(dagger, f"{arguments} --num-iterations 7 --train-steps-per-iteration 700", tmp_path / "run") == 0
     table = rows(tmp_path / "run")
     share = [float(row["eval_sampled_return_mean"]) / float(row["expert_return_mean"]) for row in table]
