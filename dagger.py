@@ -153,12 +153,11 @@ def load_demonstrations(args: Args, env: gym.Env) -> dict[str, np.ndarray]:
         if env_id != args.env_id or shapes != needed:
             raise ValueError(f"of {env_id} with shapes {shapes}; {args.env_id} needs {needed}")
         data["truncations"][-1:] |= ~data["terminations"][-1:]  # an episode may be cut off there
-        ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
-        num_trajectories = args.num_trajectories or len(ends)
-        if num_trajectories > len(ends):
-            raise ValueError(f"it has {len(ends)} episodes, not {num_trajectories}")
+        ends = (np.flatnonzero(data["terminations"] | data["truncations"]) + 1)[: args.num_trajectories]
+        if len(ends) < (args.num_trajectories or 1):
+            raise ValueError(f"it has {len(ends)} episodes, not {args.num_trajectories or 1}")
         for field in FIELDS:
-            data[field] = data[field][: ends[num_trajectories - 1]]
+            data[field] = data[field][: ends[-1]]
             if not np.isfinite(data[field]).all():
                 raise ValueError(f"NaN or infinity in its {field}")
     low, high = np.float32(env.spaces["action_low"]), np.float32(env.spaces["action_high"])
@@ -197,6 +196,10 @@ def rollouts(actor: Actor, expert: Actor, env: gym.Env, args: Args, iteration: i
 def train(args: Args) -> None:
     """All iterations."""
     env = make_env(args)
+    torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
+    shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
+    with one_line(f"--device {args.device} --hidden-size {args.hidden_size}"):
+        learner = Actor(env.spaces["obs_dim"], env.spaces["action_dim"], shape).to(args.device)
     path = Path(args.expert or Path(__file__).with_name("experts") / f"{args.env_id}.pt")
     expert = load_policy(path, args, env)
     if args.expert_data:
@@ -209,10 +212,6 @@ def train(args: Args) -> None:
     obs, action = (torch.from_numpy(data[field])[-args.buffer_size :] for field in ("observations", "actions"))
     if args.batch_size > len(obs):
         raise Failure(2, f"--batch-size {args.batch_size}: there are only {len(obs)} demonstrated steps")
-    torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
-    shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
-    with one_line(f"--hidden-size {args.hidden_size}"):
-        learner = Actor(obs.shape[1], action.shape[1], shape).to(args.device)
     mean, std = obs.mean(0), obs.std(0, correction=0).clamp(min=1e-2)  # the learner sees (obs - mean) / std
     parameters = list(learner.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
@@ -434,9 +433,10 @@ def main(argv: list[str] | None = None) -> int:
         cpu = torch.cpu.get_capabilities()
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
-        with one_line("--device or --capture-video"):
-            torch.zeros(1, device=args.device)
-            make_env(args, "rgb_array_list" if args.capture_video else None).reset()  # draws a frame
+        if args.capture_video:
+            with one_line("--capture-video"):
+                (drawn := make_env(args, "rgb_array_list")).reset()
+                np.float32(drawn.render()).transpose(0, 3, 1, 2)  # (frames, 3, height, width)
         train(args)
         return 0
     except (Failure, OSError) as error:

@@ -484,8 +484,7 @@ def record(agent: Agent, args: Args, folder: Path, name: str) -> np.ndarray:
     for i, image in enumerate(images):
         text = f"step {i}   reward {rewards[i]:.2f}   return {sum(rewards[: i + 1]):.1f}"
         ImageDraw.Draw(image).text((10, 8), text, font_size=image.width / 24, stroke_width=2, stroke_fill="black")
-    fps = env.metadata.get("render_fps", 30)
-    save_video([np.asarray(image) for image in images], str(folder), fps=fps, name_prefix=name)
+    save_video([*map(np.asarray, images)], str(folder), fps=env.metadata.get("render_fps", 30), name_prefix=name)
     return np.stack([np.asarray(image.reduce(2)) for image in images[::4]]).transpose(0, 3, 1, 2)[None]
 
 
@@ -616,8 +615,10 @@ def main(argv: list[str] | None = None) -> int:
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
         env = make_env(args, "human" if args.render else None)
-        with one_line("--capture-video"):
-            make_env(args, "rgb_array_list" if args.capture_video else None).reset()  # draws a frame
+        if args.capture_video:
+            with one_line("--capture-video"):
+                (drawn := make_env(args, "rgb_array_list")).reset()
+                Image.fromarray(drawn.render()[0])
         torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
         sizes = env.spaces["obs_dim"], env.spaces["action_dim"]
         with one_line(f"--device {args.device} --buffer-size {args.buffer_size} --hidden-size {args.hidden_size}"):

@@ -83,6 +83,20 @@ class Drawn(Tiny):
         return np.full((120, 240, 3), 40 + 5 * self.t, np.uint8)
 
 
+class Blind(Drawn):
+    def render(self):
+        raise RuntimeError("no\nscreen")
+
+
+class Blank(Drawn):
+    def render(self):
+        return None
+
+
+class NoRate(Drawn):
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+
+
 class Shown(Tiny):
     """In a window, which counts what it shows."""
 
@@ -125,6 +139,9 @@ class Broken(gym.Env):
 gym.register("Tiny-v0", Tiny, max_episode_steps=20)
 gym.register("Endless-v0", Tiny)
 gym.register("Drawn-v0", Drawn, max_episode_steps=20)
+gym.register("Blind-v0", Blind, max_episode_steps=20)
+gym.register("Blank-v0", Blank, max_episode_steps=20)
+gym.register("NoRate-v0", NoRate, max_episode_steps=20)
 gym.register("Shown-v0", Shown, max_episode_steps=20)
 gym.register("Space-v0", Space, max_episode_steps=20)
 gym.register("Broken-v0", Broken, max_episode_steps=20)

@@ -62,16 +62,6 @@ class Drift(gym.Env):
 
 
 gym.register("Drift-v0", Drift, max_episode_steps=100)
-
-
-class Blind(envs.Drawn):
-    """Cannot be drawn."""
-
-    def render(self):
-        raise RuntimeError("no\nscreen")
-
-
-gym.register("Blind-v0", Blind, max_episode_steps=20)
 ODD = {"low": [-2, 0], "high": [8, 0.5], "action_dim": 2}
 ODD_CENTRE, ODD_HALF_WIDTH = np.array([3, 0.25]), np.array([5, 0.25])
 gym.register("Odd-v0", envs.Tiny, max_episode_steps=20, kwargs=ODD)

@@ -420,10 +420,11 @@ BAD = [
     ("--max-episode-steps -1", "no time limit"),
     ("--expert nothing.pt", "nothing.pt: "),
     ("--expert-data nothing.npz", "nothing.npz: "),
-    ("--device cuda:99", "--device or --capture-video: "),
+    ("--device cuda:99", "--device cuda:99 "),
     ("--run-dir /proc/self/run", "--run-dir: "),
     ("--capture-video", "unexpected keyword argument 'render_mode'"),
-    ("--capture-video --env-id Blind-v0", "--device or --capture-video: no screen"),
+    ("--capture-video --env-id Blind-v0", "--capture-video: no screen"),
+    ("--capture-video --env-id Blank-v0", "--capture-video: "),
 ]
 
 

@@ -498,19 +498,21 @@ def test_a_window_shows_the_evaluation_and_needs_a_display(tmp_path, capsys, mon
         assert "--render True" in error_line(capsys)
 
 
-class Blind(envs.Drawn):
-    def render(self):
-        raise RuntimeError("no\nscreen")
+UNDRAWN = [("Tiny-v0", "render_mode"), ("Blind-v0", "no screen"), ("Blank-v0", "None")]
 
 
-gym.register("Blind-v0", Blind, max_episode_steps=20)
-
-
-@pytest.mark.parametrize(("env_id", "names"), [("Tiny-v0", "render_mode"), ("Blind-v0", "no screen")])
+@pytest.mark.parametrize(("env_id", "names"), UNDRAWN)
 def test_an_environment_that_cannot_be_drawn_is_refused_before_the_run(tmp_path, capsys, env_id, names):
     assert run(tmp_path, f"{BRIEF} --env-id {env_id} --capture-video") == 2
     assert names in error_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_environment_without_a_frame_rate_is_filmed_at_30(tmp_path):
+    assert run(tmp_path, f"{BRIEF} --env-id NoRate-v0 --capture-video") == 0
+    [video, *_] = (tmp_path / "run" / "videos").iterdir()
+    with VideoFileClip(str(video)) as clip:
+        assert clip.fps == 30
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="EGL is Linux's way")
