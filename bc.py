@@ -49,13 +49,13 @@ class Args:
     num_trajectories: int | None = None  # demonstrated episodes to use (default: all; 2 where the expert makes them)
     validation_fraction: float = 0.1  # held out for the validation loss: whole episodes if it makes one, else steps
 
-    train_steps: int = 1_000  # gradient steps
-    batch_size: int = 100  # demonstrated steps in a batch, drawn without replacement
-    learning_rate: float = 5e-3  # Adam's
+    train_steps: int = 5_000  # gradient steps
+    batch_size: int = 256  # demonstrated steps in a batch, drawn without replacement
+    learning_rate: float = 1e-3  # Adam's
     loss: Literal["nll", "mse"] = "nll"  # negative log-likelihood, or squared error of the mean action
-    hidden_size: int = 64  # units of a hidden layer
-    num_layers: int = 2  # hidden layers
-    activation: Literal["relu", "tanh", "leaky-relu", "selu", "silu"] = "tanh"  # non-linearity of the hidden layers
+    hidden_size: int = 256  # units of a hidden layer
+    num_layers: int = 3  # hidden layers
+    activation: Literal["relu", "tanh", "leaky-relu", "selu", "silu"] = "relu"  # non-linearity of the hidden layers
 
     eval_every: int = 500  # gradient steps between evaluations; the last step is always evaluated
     eval_episodes: int = 10  # episodes of an evaluation, for the mean action and for sampled actions each

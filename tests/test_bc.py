@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from imitation import (
+    HOMEWORK,
     ODD_CENTRE,
     ODD_HALF_WIDTH,
     ROOT,
@@ -97,7 +98,7 @@ def test_recovers_a_known_linear_gaussian_policy(loss, tmp_path):
     action = obs @ slopes.T + offset + std * random.normal(size=(4000, 2))
     arrays = demonstrations(episodes=4, steps=1000) | {"observations": obs, "actions": action}
     data = write_npz(tmp_path / "d.npz", "Odd-v0", **arrays)
-    arguments = f"{SMALL} --env-id Odd-v0 --expert-data {data} --loss {loss} --train-steps 600"
+    arguments = f"{SMALL} --env-id Odd-v0 --expert-data {data} --loss {loss} --train-steps 600 {HOMEWORK}"
     assert run(bc, f"{arguments} --batch-size 400 --eval-every 600", tmp_path / "run") == 0
     with torch.no_grad():
         mean, log_std = load_actor(tmp_path / "run", "Odd-v0")(torch.from_numpy(obs).float())
@@ -116,11 +117,7 @@ def test_recovers_a_known_linear_gaussian_policy(loss, tmp_path):
     ("script", "steps", "policy"),
     [
         (bc, "--train-steps 1", "policy.pt"),
-        (
-            dagger,
-            "--num-iterations 2 --train-steps-per-iteration 1 --num-layers 2 --activation tanh --learning-rate 5e-3",
-            "policy_iteration_0.pt",
-        ),
+        (dagger, "--num-iterations 2 --train-steps-per-iteration 1", "policy_iteration_0.pt"),
     ],
     ids=["bc", "dagger"],
 )
@@ -134,7 +131,8 @@ def test_a_gradient_may_lie_in_memory_in_another_order(script, steps, policy, tm
 
     monkeypatch.setattr(script, "bc_loss", loss)
     arguments = f"--env-id Tiny-v0 --expert {linear_expert(tmp_path / 'e.pt', [[1.0, 0.0]])} --torch-threads 1 {steps}"
-    assert run(script, f"{arguments} --hidden-size 4 --eval-episodes 1 --batch-size 9", tmp_path / "run") == 0
+    arguments += f" --hidden-size 4 --eval-episodes 1 --batch-size 9 {HOMEWORK}"
+    assert run(script, arguments, tmp_path / "run") == 0
     torch.manual_seed(1)
     before = make_actor(hidden_size=4, num_layers=2).net[2].weight
     after = policy_of(tmp_path / "run", policy)["state_dict"]["net.2.weight"]
@@ -193,7 +191,7 @@ def test_held_out_steps_are_never_trained_on(fraction, num_held_out, tmp_path, s
 def test_a_run_as_a_process(tmp_path):
     """With MuJoCo, which would speak up and leave a file."""
     expert = linear_expert(tmp_path / "expert.pt", np.zeros((6, 17)), "HalfCheetah-v4")
-    arguments = "--train-steps 40 --eval-every 30 --eval-episodes 2 --max-episode-steps 100 --torch-threads 1"
+    arguments = "--train-steps 40 --eval-every 30 --eval-episodes 2 --max-episode-steps 200 --torch-threads 1"
     command = [sys.executable, str(ROOT / "bc.py"), "--env-id", "HalfCheetah-v4", "--expert", expert]
     pipes = {"capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run([*command, *arguments.split()], cwd=tmp_path, check=False, **pipes)
@@ -205,7 +203,7 @@ def test_a_run_as_a_process(tmp_path):
     assert [row["step"] for row in rows(run_dir)] == ["30", "40"]
     settings = json.loads((run_dir / "args.json").read_text())
     expected = vars(bc.Args()) | {"env_id": "HalfCheetah-v4", "expert": expert, "run_dir": f"runs/{run_dir.name}"}
-    expected |= {"train_steps": 40, "eval_every": 30, "eval_episodes": 2, "max_episode_steps": 100, "torch_threads": 1}
+    expected |= {"train_steps": 40, "eval_every": 30, "eval_episodes": 2, "max_episode_steps": 200, "torch_threads": 1}
     assert settings == expected | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     names = sorted(re.sub("events.*", "events", path.name) for path in run_dir.iterdir())
     assert names == ["args.json", "events", "policy.pt", "progress.csv"]
@@ -516,13 +514,13 @@ def test_starts_on_the_experts_that_are_shipped(path, tmp_path):
 def test_clones_the_real_demonstrations(tmp_path):
     """Half of the published steps are enough for HalfCheetah; a tenth of an episode of Hopper never is."""
     share = {}
-    for env_id, steps, demonstrated in (("HalfCheetah-v4", 600, None), ("Hopper-v4", 1000, 100)):
-        arguments = real_arguments(tmp_path, env_id, demonstrated)
-        if demonstrated:
-            arguments += " --batch-size 40 --validation-fraction 0"
-        run_dir = tmp_path / env_id
-        assert run(bc, f"{arguments} --train-steps {steps} --eval-every 1000 --eval-episodes 3", run_dir) == 0
-        [last] = rows(run_dir)
+    for env_id, demonstrated, settings in (
+        ("HalfCheetah-v4", None, "--train-steps 600 --batch-size 100"),
+        ("Hopper-v4", 100, "--train-steps 1000 --batch-size 40 --validation-fraction 0"),
+    ):
+        arguments = f"{real_arguments(tmp_path, env_id, demonstrated)} {HOMEWORK} --hidden-size 64 {settings}"
+        assert run(bc, f"{arguments} --eval-every 1000 --eval-episodes 3", tmp_path / env_id) == 0
+        [last] = rows(tmp_path / env_id)
         share[env_id] = float(last["eval_sampled_return_mean"]) / float(last["expert_return_mean"])
     assert share["HalfCheetah-v4"] > 0.8
     assert share["Hopper-v4"] < 0.6

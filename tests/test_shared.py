@@ -9,15 +9,12 @@ from imitation import ROOT
 # Definitions that two scripts have and word in their own ways. All others are worded the same, and these are not.
 OF_EACH = {"RULES", "train", "Args.batch_size", "Args.eval_episodes", "Args.exp_name"}
 OF_SAC = {"Actor", "Actor.__init__", "Actor.sample", "POLICY", "evaluate", "log", "main", "make_env", "record"}
-OF_SAC |= {f"Args.{name}" for name in ("env_id", "activation", "hidden_size", "log_every")}
-OF_DAGGER = {"Args.video_every", "Args.num_layers"}
+OF_SAC |= {"Args.env_id", "Args.num_layers", "Args.log_every"}
 OWN_WORDING = {
     "sac_continuous.py bc.py": OF_EACH | OF_SAC | {"Args.eval_every"},
-    "sac_continuous.py dagger.py": (OF_EACH | OF_SAC | OF_DAGGER | {"Args.buffer_size", "Args.lr_schedule"})
-    - {"Args.activation", "Args.hidden_size"},
+    "sac_continuous.py dagger.py": OF_EACH | OF_SAC | {"Args.video_every", "Args.buffer_size", "Args.lr_schedule"},
     "bc.py dagger.py": OF_EACH
-    | OF_DAGGER
-    | {f"Args.{name}" for name in ("expert_data", "hidden_size", "activation", "learning_rate")}
+    | {"Args.video_every", "Args.expert_data", "Args.learning_rate"}
     | {"batches", "DEMONSTRATIONS", "BATCHES", "EVALUATION"},
 }
 
