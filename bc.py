@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.capture_video:
             with one_line("--capture-video"):
                 (drawn := make_env(args, "rgb_array_list")).reset()
-                np.float32(drawn.render()).transpose(0, 3, 1, 2)  # (frames, 3, height, width)
+                np.float32(drawn.render()).transpose(0, 3, 1, 2)  # a frame can be drawn, and is one
         train(args)
         return 0
     except (Failure, OSError) as error:

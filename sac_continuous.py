@@ -618,7 +618,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.capture_video:
             with one_line("--capture-video"):
                 (drawn := make_env(args, "rgb_array_list")).reset()
-                Image.fromarray(drawn.render()[0])
+                Image.fromarray(drawn.render()[0])  # a frame can be drawn, and is one
         torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
         sizes = env.spaces["obs_dim"], env.spaces["action_dim"]
         with one_line(f"--device {args.device} --buffer-size {args.buffer_size} --hidden-size {args.hidden_size}"):
