@@ -105,8 +105,8 @@ def draw_levels(axes, levels: list[tuple[str, float]]) -> None:
 
 
 def make_panels(count: int, width: float = 3.4, height: float = 2.6):
-    """A figure of at most three panels in a row; returns it and its axes in reading order."""
-    columns = min(3, count)
+    """A figure of at most three panels in a row, four as a square; returns it and its axes in reading order."""
+    columns = 2 if count == 4 else min(3, count)
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
