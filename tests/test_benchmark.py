@@ -362,6 +362,13 @@ def test_runs_are_found_and_named(results, tmp_path):
         curves.read_curves([f"us={results / 'plain'}", f"us={results / 'better'}"])
 
 
+def test_every_result_of_the_repository_can_be_read():
+    found = curves.read_curves([str(BENCHMARK / "results")])
+    assert len(found) > 100 and all(np.isfinite(curve["eval_return_mean"]).all() for curve in found)
+    for path in BENCHMARK.glob("results/**/args.json"):
+        assert not any(str(value).startswith("/") for value in json.loads(path.read_text()).values()), path
+
+
 def test_a_row_that_is_being_written_is_left_out(tmp_path):
     write_run(tmp_path / "A__1", "A", 1, [1.0, 2.0])
     with open(tmp_path / "A__1/progress.csv", "a") as file:
