@@ -3,7 +3,8 @@
 Example:
     python benchmark/compare.py ours=benchmark/results/sac_100k sb3=benchmark/results/peers
 
-One-sided Welch test over seeds, per environment: p below 0.05 would mean significantly below.
+One-sided Welch test over seeds, per environment: p below 0.05 would mean significantly below. Beside it the 95 %
+interval of the difference, first group minus second.
 """
 
 import numpy as np
@@ -17,8 +18,8 @@ def main() -> None:
     parser.add_argument("paths", nargs=2, help="LABEL=PATH, the second one the group to compare with")
     groups = group(read_curves(parser.parse_args().paths))
     print(
-        "| environment | group | seeds | final return | p of the Welch test |",
-        "| --- | --- | --- | --- | --- |",
+        "| environment | group | seeds | final return | p of the Welch test | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
         sep="\n",
     )
     for env_id, by_label in groups.items():
@@ -28,7 +29,8 @@ def main() -> None:
         if min(map(len, finals)) < 2:
             raise UserError(f"{env_id}: a Welch test needs two seeds or more of each group")
         p = stats.ttest_ind(*finals, equal_var=False, alternative="less").pvalue
-        for label, values, shown in zip(by_label, finals, (f"{p:.2f}", ""), strict=True):
+        low, high = stats.ttest_ind(*finals, equal_var=False).confidence_interval()
+        for label, values, shown in zip(by_label, finals, (f"{p:.2f} | {low:.0f} to {high:.0f}", " |"), strict=True):
             result = f"{np.mean(values):.0f} ± {np.std(values, ddof=1):.0f}"
             print(f"| {env_id} | {label} | {len(values)} | {result} | {shown} |")
 

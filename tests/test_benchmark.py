@@ -392,6 +392,19 @@ def test_the_table_by_hand(tmp_path):
     assert lines[0].count("|") == lines[2].count("|") == tianshou.count("|")
 
 
+def test_the_comparison_by_hand(tmp_path):
+    for label, finals in (("a", (1, 2, 3)), ("b", (2, 4, 6))):
+        for seed, final in enumerate(finals):
+            write_run(tmp_path / f"{label}/Hopper-v4__{seed}", "Hopper-v4", seed, [9.0, final])
+    lines = run("compare", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}").stdout.splitlines()
+    error, freedom = np.sqrt(1 / 3 + 4 / 3), (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)  # Welch 1947
+    p, half = stats.t.cdf(-2 / error, freedom), stats.t.ppf(0.975, freedom) * error
+    assert lines[2:] == [
+        f"| Hopper-v4 | a | 3 | 2 ± 1 | {p:.2f} | {-2 - half:.0f} to {-2 + half:.0f} |",
+        "| Hopper-v4 | b | 3 | 4 ± 2 |  | |",
+    ]
+
+
 def test_statistics_by_hand():
     sample = np.array([[0.0], [1.0], [2.0], [3.0], [100.0], [4.0], [5.0], [-90.0]])
     assert plot.interquartile_mean(sample, axis=0) == pytest.approx([2.5])  # of 1, 2, 3, 4
