@@ -393,15 +393,18 @@ def test_the_table_by_hand(tmp_path):
 
 
 def test_the_comparison_by_hand(tmp_path):
-    for label, finals in (("a", (1, 2, 3)), ("b", (2, 4, 6))):
+    for label, finals in (("a", (100, 200, 300)), ("b", (200, 400, 600))):
         for seed, final in enumerate(finals):
             write_run(tmp_path / f"{label}/Hopper-v4__{seed}", "Hopper-v4", seed, [9.0, final])
     lines = run("compare", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}").stdout.splitlines()
-    error, freedom = np.sqrt(1 / 3 + 4 / 3), (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)  # Welch 1947
-    p, half = stats.t.cdf(-2 / error, freedom), stats.t.ppf(0.975, freedom) * error
+    error, freedom = (
+        100 * np.sqrt(1 / 3 + 4 / 3),
+        (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2),
+    )  # Welch 1947
+    p, half = stats.t.cdf(-200 / error, freedom), stats.t.ppf(0.975, freedom) * error
     assert lines[2:] == [
-        f"| Hopper-v4 | a | 3 | 2 ± 1 | {p:.2f} | {-2 - half:.0f} to {-2 + half:.0f} |",
-        "| Hopper-v4 | b | 3 | 4 ± 2 |  | |",
+        f"| Hopper-v4 | a | 3 | 200 ± 100 | {p:.2f} | {-200 - half:.0f} to {-200 + half:.0f} |",
+        "| Hopper-v4 | b | 3 | 400 ± 200 |  | |",
     ]
 
 
