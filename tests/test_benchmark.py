@@ -397,10 +397,8 @@ def test_the_comparison_by_hand(tmp_path):
         for seed, final in enumerate(finals):
             write_run(tmp_path / f"{label}/Hopper-v4__{seed}", "Hopper-v4", seed, [9.0, final])
     lines = run("compare", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}").stdout.splitlines()
-    error, freedom = (
-        100 * np.sqrt(1 / 3 + 4 / 3),
-        (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2),
-    )  # Welch 1947
+    error = 100 * np.sqrt(1 / 3 + 4 / 3)
+    freedom = (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)  # Welch 1947
     p, half = stats.t.cdf(-200 / error, freedom), stats.t.ppf(0.975, freedom) * error
     assert lines[2:] == [
         f"| Hopper-v4 | a | 3 | 200 ± 100 | {p:.2f} | {-200 - half:.0f} to {-200 + half:.0f} |",
