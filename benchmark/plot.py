@@ -87,9 +87,9 @@ def draw(axes, index: int, label: str, steps: np.ndarray, interval: tuple) -> No
     axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def draw_levels(axes, levels: list[tuple[str, float]]) -> None:
-    """A grey line across the panel for each, with its marker on it, apart from those of its neighbours."""
-    for i, ((label, value), marker) in enumerate(zip(levels, MARKERS * len(levels), strict=False)):
+def draw_levels(axes, levels: list[tuple[str, float]], labels: list[str]) -> None:
+    """A grey line across the panel for each, with its label's marker on it, apart from those of its neighbours."""
+    for i, (label, value) in enumerate(levels):
         axes.plot(
             [0, (i + 0.5) / len(levels), 1],  # in widths of the panel
             [value] * 3,
@@ -97,7 +97,7 @@ def draw_levels(axes, levels: list[tuple[str, float]]) -> None:
             color="#555555",
             linewidth=0.8,
             linestyle=(0, (1, 1.5)),
-            marker=marker,
+            marker=MARKERS[labels.index(label) % len(MARKERS)],
             markersize=5,
             markevery=[1],
             label=label,
@@ -148,12 +148,13 @@ def levels_of_runs(argument: str, column: str) -> list[tuple[str, str, float]]:
 def plot_environments(curves: list[Curve], column: str, statistic, levels: list[tuple[str, str, float]]):
     groups = group(curves)
     labels = list(dict.fromkeys(curve.label for curve in curves))
+    names = list(dict.fromkeys(label for _, label, _ in levels))
     figure, panels = make_panels(len(groups))
     for panel, (env_id, by_label) in zip(panels, groups.items(), strict=True):
         for label, seeds in by_label.items():
             steps, values = align(seeds, column)
             draw(panel, labels.index(label), label, steps, with_interval([values], statistic))
-        draw_levels(panel, [(label, value) for env, label, value in levels if env == without_version(env_id)])
+        draw_levels(panel, [(label, value) for env, label, value in levels if env == without_version(env_id)], names)
         panel.set(title=env_id, xlabel="step", ylabel=column.replace("_", " "))
     add_legend(figure, panels)
     return figure

@@ -482,6 +482,15 @@ def test_levels_are_the_means_of_last_values_of_each_environment(tmp_path):
     assert [set(line.get_ydata()) for line in figure.axes[1].lines[1:]] == [{20}, {140}]
 
 
+def test_a_level_has_the_same_marker_in_every_panel(tmp_path):
+    for env_id in ("Ant-v4", "Hopper-v4"):
+        write_run(tmp_path / f"x/{env_id}__1", env_id, 1, [5.0, 10.0])
+    levels = [("Hopper", "a", 1.0), ("Ant", "b", 2.0), ("Hopper", "b", 3.0)]
+    figure = plot.plot_environments(curves.read_curves([str(tmp_path / "x")]), "eval_return_mean", plot.mean, levels)
+    ant, hopper = ({line.get_label(): line.get_marker() for line in panel.lines[1:]} for panel in figure.axes)
+    assert ant["b"] == hopper["b"] != hopper["a"]
+
+
 @pytest.mark.parametrize(
     ("program", "arguments", "complaint"),
     [
