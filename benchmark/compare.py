@@ -14,7 +14,7 @@ from scipy import stats
 
 
 def main() -> None:
-    parser = Parser("One-sided Welch test of two groups of runs.")
+    parser = Parser("One-sided Welch test: are the first runs' final returns below the second's?")
     parser.add_argument("paths", nargs=2, help="LABEL=PATH, the second one the group to compare with")
     groups = group(read_curves(parser.parse_args().paths))
     print(
