@@ -506,9 +506,9 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path, small, capsys,
 def test_starts_on_the_experts_that_are_shipped(path, tmp_path):
     assert f"`{path.name}`" in (path.parent / "README.md").read_text()
     # Five episodes: Ant-v4's expert falls at times, and which episode it falls in depends on the machine's rounding.
-    arguments = f"--env-id {path.stem} --train-steps 100 --eval-episodes 1 --torch-threads 1 --num-trajectories 5"
+    arguments = f"--env-id {path.stem} --train-steps 100 --eval-episodes 5 --torch-threads 1"
     assert run(bc, arguments, tmp_path / "run") == 0
-    assert float(rows(tmp_path / "run")[-1]["expert_return_mean"]) > 1000
+    assert float(rows(tmp_path / "run")[-1]["expert_return_mean"]) > 2000
 
 
 @needs_real_files
