@@ -101,6 +101,8 @@ class Actor(nn.Module):
         self.squash, self.std_from_net = args.squash, args.actor_std == "state"
         self.to_action = nn.Tanh() if args.squash else nn.Identity()
         self.net = nn.Sequential(*layers, nn.Linear(args.hidden_size, action_dim * (2 if self.std_from_net else 1)))
+        for parameter in self.net.parameters():  # Glorot's weights and biases of 0, as in the papers' own code
+            nn.init.xavier_uniform_(parameter) if parameter.ndim == 2 else nn.init.zeros_(parameter)
         if args.actor_std == "shared":
             self.log_std = nn.Parameter(torch.zeros(action_dim))
         elif args.actor_std != "state":
@@ -136,9 +138,9 @@ class Ensemble(nn.Module):
         super().__init__()
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in itertools.pairwise([in_dim, *[args.hidden_size] * args.num_layers, 1]):
-            bound = fan_in**-0.5  # as nn.Linear
+            bound = math.sqrt(6 / (fan_in + fan_out))  # Glorot's
             self.weights.append(torch.empty(num_members, fan_in, fan_out).uniform_(-bound, bound))
-            self.biases.append(torch.empty(num_members, 1, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.zeros(num_members, 1, fan_out))
         self.activation = ACTIVATIONS[args.activation]()
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -250,8 +252,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray) -> np.ndarray:
         """A sampled action (action_dim,) for one observation (obs_dim,)."""
         noise = torch.randn(self.action_dim, generator=self.streams[0], device=self.device)
-        mean, log_std = self.actor(torch.from_numpy(obs).to(self.device))
-        return self.actor.to_action(mean + log_std.exp() * noise).cpu().numpy()
+        return self.actor.sample(*self.actor(torch.from_numpy(obs).to(self.device)), noise)[0].cpu().numpy()
 
     def random_action(self) -> np.ndarray:
         """Uniform in [-1, 1]^action_dim."""
@@ -590,8 +591,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     for name in ("random_steps", "learning_starts"):
         if getattr(args, name) is None:
             setattr(args, name, min(5_000, args.total_steps // 10))
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if args.compile == "auto":
         compiler = shutil.which(os.environ.get("CXX", "g++")) and Path(get_path("include"), "Python.h").exists()
         args.compile = "always" if args.total_steps >= 100_000 and (compiler or args.device != "cpu") else "never"

@@ -170,13 +170,17 @@ def test_ensemble_is_its_members_side_by_side():
         assert torch.allclose(ensemble(obs, action)[j], x[:, 0], atol=1e-6)
 
 
-def test_ensemble_begins_as_linear_layers_of_pytorch_do():
-    ensemble = sac.Ensemble(5, 25, sac.Args(hidden_size=100))
-    for weight, bias, fan_in in zip(ensemble.weights, ensemble.biases, (25, 100, 100), strict=True):
-        bound = fan_in**-0.5
-        assert weight.abs().max() <= bound and bias.abs().max() <= bound
+def test_networks_begin_as_those_of_the_papers_code():
+    """Weights uniform in +-sqrt(6 / (in + out)) (Glorot and Bengio 2010, eq. 16), biases of 0."""
+    args = sac.Args(hidden_size=100)
+    actor, ensemble = sac.Actor(25, 10, args), sac.Ensemble(5, 25, args)
+    layers = [(layer.weight.T[None], layer.bias) for layer in actor.net[::2]]
+    layers += zip(ensemble.weights, ensemble.biases, strict=True)
+    for (weight, bias), fan_sum in zip(layers, [125, 200, 120, 125, 200, 101], strict=True):
+        bound = math.sqrt(6 / fan_sum)
+        assert 0.9 * bound <= weight.abs().max() <= bound and not bias.any()
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-        assert not torch.equal(weight[0], weight[1])
+    assert not torch.equal(ensemble.weights[0][0], ensemble.weights[0][1])
 
 
 def test_critic_target_by_hand():
