@@ -88,7 +88,7 @@ class Actor(nn.Module):
         """obs (batch, obs_dim) -> mean and log_std of the Gaussian before the tanh, each (batch, action_dim)."""
         out = self.net(obs)
         mean, log_std = out.chunk(2, dim=-1) if self.std_from_net else (out, self.log_std.expand_as(out))
-        return mean, log_std.clamp(-20, 2)  # as in the papers' own code
+        return mean, log_std.clamp(-20, 2)  # as in the SAC papers' own code
 
     def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic policy that evaluations follow. Returns (batch, action_dim)."""
@@ -202,8 +202,7 @@ def train(args: Args) -> None:
     obs, action = (torch.from_numpy(data[field]) for field in ("observations", "actions"))
     mean, std = obs.mean(0), obs.std(0, correction=0).clamp(min=1e-2)  # the learner sees (obs - mean) / std
     obs, action = ((obs - mean) / std).to(args.device), action.to(args.device)
-    parameters = list(learner.parameters())
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(learner.parameters(), args.learning_rate, fused=True)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or Path("runs", name.replace("/", "_").replace(":", "_")))
     with one_line("--run-dir"):
@@ -217,19 +216,19 @@ def train(args: Args) -> None:
             expert_return = evaluate(expert, env, args.eval_episodes)["return_mean"]
         for step, index in enumerate(itertools.islice(indices, args.train_steps), start=1):
             loss, reported = bc_loss(learner, obs[index], action[index], args.loss)
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
+            optimizer.zero_grad()
+            loss.backward()
             optimizer.step()
             losses.append(reported)
             bar.set_description("training", refresh=False)
             bar.update()
             last = step == args.train_steps
             if step % args.log_every == 0 or step % args.eval_every == 0 or last:
-                norm = nn.utils.get_total_norm(parameters)
+                norm = nn.utils.get_total_norm(learner.parameters())
                 log(tensorboard, "learning", {"loss": reported, "weight_norm": norm}, step)
             if step % args.eval_every == 0 or last:
                 bar.set_description("evaluating")
-                _, validation_loss = bc_loss(learner, obs[held_out], action[held_out], args.loss)
+                validation_loss = bc_loss(learner, obs[held_out], action[held_out], args.loss)[1]
                 actor = copy.deepcopy(learner).cpu()  # of observations as they come: its first layer standardises them
                 actor.net[0].weight.data /= std
                 actor.net[0].bias.data -= actor.net[0].weight.data @ mean
@@ -401,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.torch_threads)
         cpu = torch.cpu.get_capabilities()
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster, and still float32
         if args.capture_video:
             with one_line("--capture-video"):
                 (drawn := make_env(args, "rgb_array_list")).reset()

@@ -4,8 +4,10 @@
 
 Ross, Gordon and Bagnell 2011, "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online
 Learning", arXiv:1011.0686, algorithm 3.1.
-Writes a run folder, runs/ENV__EXP__SEED__TIME: args.json (settings), progress.csv (a row per iteration), policy.pt (the
-last iteration's), policy_iteration_N.pt, TensorBoard's events and, with --capture-video, videos/*.mp4.
+Iteration 0 here is the paper's i = 1. Unlike there, each iteration trains on from the last one's weights, and the last
+policy is policy.pt, not the best on validation.
+Writes runs/ENV__EXP__SEED__TIME: args.json, progress.csv (a row per iteration), policy.pt, policy_iteration_N.pt,
+TensorBoard's events, videos/*.mp4.
 """
 
 import contextlib
@@ -92,7 +94,7 @@ class Actor(nn.Module):
         """obs (batch, obs_dim) -> mean and log_std of the Gaussian before the tanh, each (batch, action_dim)."""
         out = self.net(obs)
         mean, log_std = out.chunk(2, dim=-1) if self.std_from_net else (out, self.log_std.expand_as(out))
-        return mean, log_std.clamp(-20, 2)  # as in the papers' own code
+        return mean, log_std.clamp(-20, 2)  # as in the SAC papers' own code
 
     def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic policy that evaluations follow. Returns (batch, action_dim)."""
@@ -165,11 +167,10 @@ def load_demonstrations(args: Args, env: gym.Env) -> dict[str, np.ndarray]:
     return data
 
 
-def batches(num_rows: int, batch_size: int, *key: int) -> Iterator[torch.Tensor]:
+def batches(num_rows: int, batch_size: int, iteration: int, seed: int) -> Iterator[torch.Tensor]:
     """Batch after batch (batch_size,) of row numbers: each pass is in a new order, and drops what is left over."""
-    *counts, seed = key
     for i in itertools.count():
-        order = torch.randperm(num_rows, generator=stream(BATCHES, *counts, i, seed))
+        order = torch.randperm(num_rows, generator=stream(BATCHES, iteration, i, seed))
         yield from order.split(batch_size)[: num_rows // batch_size]
 
 
@@ -184,7 +185,7 @@ def rollouts(actor: Actor, expert: Actor, env: gym.Env, args: Args, iteration: i
     beta, steps = args.expert_mixing**iteration, 0
 
     def mixture(obs: torch.Tensor) -> torch.Tensor:
-        expert_acts = beta > 0 and torch.rand(len(obs), 1, generator=coins) < beta
+        expert_acts = torch.rand(1, generator=coins) < beta
         return expert.mean_action(obs) if expert_acts else actor.sample(obs, noise)
 
     while steps < args.rollout_steps:
@@ -194,7 +195,6 @@ def rollouts(actor: Actor, expert: Actor, env: gym.Env, args: Args, iteration: i
 
 
 def train(args: Args) -> None:
-    """All iterations."""
     env = make_env(args)
     torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
     shape = SimpleNamespace(**vars(args), actor_std="shared", squash=False)
@@ -213,8 +213,7 @@ def train(args: Args) -> None:
     if args.batch_size > len(obs):
         raise Failure(2, f"--batch-size {args.batch_size}: there are only {len(obs)} demonstrated steps")
     mean, std = obs.mean(0), obs.std(0, correction=0).clamp(min=1e-2)  # the learner sees (obs - mean) / std
-    parameters = list(learner.parameters())
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(learner.parameters(), args.learning_rate, fused=True)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or Path("runs", name.replace("/", "_").replace(":", "_")))
     with one_line("--run-dir"):
@@ -241,8 +240,8 @@ def train(args: Args) -> None:
             indices = batches(len(obs), args.batch_size, iteration, args.seed)
             for index in itertools.islice(indices, args.train_steps_per_iteration):
                 loss, reported = bc_loss(learner, device_obs[index], device_action[index], args.loss)
-                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                    parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
+                optimizer.zero_grad()
+                loss.backward()
                 if args.lr_schedule == "linear":
                     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / total)
                 optimizer.step()
@@ -257,7 +256,7 @@ def train(args: Args) -> None:
             actor.net[0].bias.data -= actor.net[0].weight.data @ mean
             last = iteration + 1 == args.num_iterations
             bar.set_description("evaluating")
-            log(tensorboard, "learning", {"weight_norm": nn.utils.get_total_norm(parameters)}, step)
+            log(tensorboard, "learning", {"weight_norm": nn.utils.get_total_norm(learner.parameters())}, step)
             result = evaluate(actor, env, args.eval_episodes)
             sampled = evaluate(actor, env, args.eval_episodes, stream(EVALUATION, args.seed))
             row = {"step": step, "wall_time_s": time.perf_counter() - began}
@@ -432,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.torch_threads)
         cpu = torch.cpu.get_capabilities()
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster, and still float32
         if args.capture_video:
             with one_line("--capture-video"):
                 (drawn := make_env(args, "rgb_array_list")).reset()

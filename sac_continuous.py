@@ -112,7 +112,7 @@ class Actor(nn.Module):
         """obs (batch, obs_dim) -> mean and log_std of the Gaussian before the tanh, each (batch, action_dim)."""
         out = self.net(obs)
         mean, log_std = out.chunk(2, dim=-1) if self.std_from_net else (out, self.log_std.expand_as(out))
-        return mean, log_std.clamp(-20, 2)  # as in the papers' own code
+        return mean, log_std.clamp(-20, 2)  # as in the SAC papers' own code
 
     def mean_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic policy that evaluations follow. Returns (batch, action_dim)."""
@@ -272,6 +272,7 @@ class Agent(nn.Module):
             if args.critic_backup == "redq":  # a random pair of the critics (Chen et al. 2021, algorithm 1)
                 pair = torch.rand(args.num_critics, generator=losses, device=self.device).topk(2).indices
             gradients, metrics = self.critic_gradients(*batch, noise, pair)
+            metrics = {name: value.clone() for name, value in metrics.items()}  # the next CUDA graph overwrites them
             self.step(self.critic.parameters(), gradients)
             if self.value:
                 self.step(self.value.parameters(), self.value_gradients(obs, noise))
@@ -285,7 +286,7 @@ class Agent(nn.Module):
 
     def step(self, parameters, gradients) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.contiguous()  # as its parameter is: fused Adam does not look
+            parameter.grad = gradient.contiguous()  # fused Adam takes it to lie in memory as its parameter does
         self.optimizer.step()
         self.optimizer.zero_grad()  # parameters without a gradient stay as they are
 
@@ -302,8 +303,7 @@ class Agent(nn.Module):
         q = self.critic(obs, action)  # (num_critics, batch)
         loss = critic_loss(q, target)
         metrics = {"critic_loss": loss, "q_values": q, "q_values_std": q.mean(0).std(0, False), "target_values": target}
-        metrics = {name: value.detach() for name, value in metrics.items()}
-        return torch.autograd.grad(loss, list(self.critic.parameters())), metrics
+        return torch.autograd.grad(loss, list(self.critic.parameters())), {k: v.detach() for k, v in metrics.items()}
 
     def value_gradients(self, obs, noise) -> tuple:
         """V(s) regresses on min_j Q_j(s, a) - temperature log pi(a|s) (2018a, eq. 5)."""
@@ -332,8 +332,8 @@ class Agent(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- training
 def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkpoint: dict) -> None:
     """One run, from its first step or from its checkpoint to its last."""
-    env.reset(seed=args.seed)
-    with one_line("checkpoint.pt"):
+    with one_line("checkpoint.pt" if checkpoint else args.env_id):
+        env.reset(seed=args.seed)  # seeds alone: what can be played again is an episode that starts without a seed
         first_step, wall_time_s, rows, episodes = checkpoint.get("progress", (0, 0.0, [], []))
         obs = restore(checkpoint, agent, buffer, env) if checkpoint else env.reset()[0]
     eval_env, name = make_env(args), f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -375,7 +375,7 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
                 row["episodes"] = len(episodes) + (rows[-1]["episodes"] if rows else 0)
                 row["steps_per_s"] = 1 / mean(step_times)
                 for name in ("critic_loss", "actor_loss", "q_values", "entropy", "temperature"):
-                    row[name] = mean(metrics.get(name, math.nan))
+                    row[name] = mean(metrics.get(name, []))
                 rows.append(row)
                 episodes, step_times = [], []
                 bar.set_postfix(train=row["train_return_mean"], eval=row["eval_return_mean"])
@@ -469,7 +469,7 @@ def evaluate(agent: Agent, env: Episode, num_episodes: int) -> dict[str, float]:
         while not (terminated or truncated):
             obs, _, terminated, truncated, _ = env.step(actor.mean_action(torch.from_numpy(obs)).numpy())
         rewards = np.array(env.episode["rewards"])
-        # Q above it is over-estimation, except where a time limit cuts off what still counts (0.99^200 is 0.13).
+        # Q above it is over-estimation, but for its entropy bonus and what a time limit cuts off (0.99^200 is 0.13).
         discounted = agent.args.gamma ** np.arange(len(rewards)) @ rewards
         episodes.append({"return": rewards.sum(), "length": len(rewards), "q": q, "discounted_return": discounted})
     returns = [episode["return"] for episode in episodes]
@@ -517,8 +517,8 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: Episode) 
     """Plays the episode under way again, so that no simulator's state needs saving. Returns the observation."""
     agent.load_state_dict(checkpoint["networks"])
     agent.optimizer.load_state_dict(checkpoint["optimizer"])
-    buffer.rows[: len(checkpoint["buffer"])] = checkpoint["buffer"]
-    buffer.num_added = checkpoint["progress"][0]
+    buffer.num_added, stored = checkpoint["progress"][0], checkpoint.pop("buffer")  # not held twice
+    buffer.rows[: len(stored)] = stored
     for stream, state in zip(agent.streams, checkpoint["streams"], strict=True):
         stream.set_state(state)
     for source, state in zip(env.random_sources, checkpoint["episode"]["start"], strict=True):
@@ -545,7 +545,7 @@ RULES = [
     "target_entropy == 'auto' or -math.inf < target_entropy < math.inf",
     "backup_entropy or temperature != 0",
     "actor_std in ('state', 'shared') or math.exp(-20) <= actor_std <= math.exp(2)",
-    "actor_std in ('state', 'shared') or squash or temperature != 'auto' or evaluate",  # else the entropy is constant
+    "actor_std in ('state', 'shared') or temperature != 'auto' or evaluate",  # else the means alone make the entropy
     "critic_backup != 'double-q' or num_critics == 2",
     "critic_backup != 'redq' or num_critics >= 2",
     "video_every == 10 or capture_video",
@@ -577,16 +577,16 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     args, content = tyro.cli(Args, args=argv), {}
     if args.resume or args.evaluate:
         name, path = "checkpoint.pt" if args.resume else "policy.pt", Path(args.resume or args.evaluate)
-        content = load(path / name if path.is_dir() else path, {"checkpoint.pt": CHECKPOINT, "policy.pt": POLICY}[name])
+        content = load(path / name if args.resume or path.is_dir() else path, CHECKPOINT if args.resume else POLICY)
         with one_line(path):
             base = Args(**{name: content.get(name, value) for name, value in vars(Args()).items()})
             if ":" in base.env_id and args.env_id != base.env_id:
                 raise ValueError(f"runs code of a module: if you trust it, give --env-id {base.env_id}")
             args = tyro.cli(Args, args=argv, default=base)
-            may_change = set((RESUME_TAKES if args.resume else EVALUATE_TAKES).split())
-            may_change -= {"total_steps"} if base.lr_schedule == "linear" else set()
+            free = set((RESUME_TAKES if args.resume else EVALUATE_TAKES).split())
+            free -= {"total_steps"} if base.lr_schedule == "linear" or args.total_steps < base.total_steps else set()
             for name, value in vars(args).items():
-                if value != getattr(base, name) and name not in may_change:
+                if value != getattr(base, name) and name not in free:
                     raise ValueError(f"its {name} is {getattr(base, name)} and cannot become {value}")
     for name in ("random_steps", "learning_starts"):
         if getattr(args, name) is None:
@@ -613,7 +613,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision(args.matmul_precision)
         cpu = torch.cpu.get_capabilities()
         if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: float32 without AMX, and faster
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster, and still float32
         env = make_env(args, "human" if args.render else None)
         if args.capture_video:
             with one_line("--capture-video"):

@@ -17,14 +17,15 @@ def main() -> None:
     parser = Parser("One-sided Welch test: are the first runs' final returns below the second's?")
     parser.add_argument("paths", nargs=2, help="LABEL=PATH, the second one the group to compare with")
     groups = group(read_curves(parser.parse_args().paths))
+    groups = {env_id: by_label for env_id, by_label in groups.items() if len(by_label) == 2}
+    if not groups:
+        raise UserError("no environment has runs of both groups, and of no third: give each as LABEL=PATH")
     print(
         "| environment | group | seeds | final return | p of the Welch test | difference |",
         "| --- | --- | --- | --- | --- | --- |",
         sep="\n",
     )
     for env_id, by_label in groups.items():
-        if len(by_label) != 2:
-            continue
         finals = [[curve["eval_return_mean"][-1] for curve in curves] for curves in by_label.values()]
         if min(map(len, finals)) < 2:
             raise UserError(f"{env_id}: a Welch test needs two seeds or more of each group")

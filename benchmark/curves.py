@@ -143,9 +143,7 @@ def read_curves(paths: list[str]) -> list[Curve]:
 
 def group(curves: list[Curve]) -> dict[str, dict[str, list[Curve]]]:
     """env_id -> label -> the seeds, environments in alphabetical order, labels as they were given."""
-    groups: dict[str, dict[str, list[Curve]]] = {}
-    for env_id in sorted({curve.env_id for curve in curves}):
-        for curve in curves:
-            if curve.env_id == env_id:
-                groups.setdefault(env_id, {}).setdefault(curve.label, []).append(curve)
+    groups = {env_id: {} for env_id in sorted({curve.env_id for curve in curves})}
+    for curve in curves:
+        groups[curve.env_id].setdefault(curve.label, []).append(curve)
     return groups

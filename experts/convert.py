@@ -146,14 +146,16 @@ def without_module(env_id: str) -> str:
 
 
 def convert(source: str, out: Path, env_id: str | None, num_episodes: int) -> None:
-    if out.suffix not in (".pt", ".npz") or out.exists():
-        raise Failure(2, f"{out}: must be a new .pt or .npz file")
+    if out.suffix not in ((".pt", ".npz") if source.endswith(".pkl") else (".npz",)) or out.exists():
+        raise Failure(2, f"{out}: must be a new .npz file, or for an expert of CS285 a new .pt file")
     args = Args(env_id=env_id)
     if source.startswith("minari:"):
         with one_line(source):
             import minari  # only this source needs it
 
             dataset = minari.load_dataset(source.removeprefix("minari:"), download=True)
+            if env_id not in (None, dataset.env_spec.id):
+                raise ValueError(f"it is of {dataset.env_spec.id}, not of {env_id}")
             args.env_id = env_id or without_module(dataset.env_spec.id)
             episodes = [
                 {field: getattr(episode, field)[: len(episode.actions)] for field in FIELDS}  # one observation more
@@ -184,8 +186,6 @@ def convert(source: str, out: Path, env_id: str | None, num_episodes: int) -> No
             episode["actions"] = (low + high) / 2 + (high - low) / 2 * episode["actions"]
     try:
         with one_line(source):
-            if out.suffix != ".npz":
-                raise ValueError("demonstrations go to a .npz")
             if any(len(set(map(len, episode.values()))) != 1 for episode in episodes):
                 raise ValueError("an episode's arrays are of unequal lengths")
             data = {field: np.concatenate([episode[field] for episode in episodes]) for field in FIELDS}
@@ -193,7 +193,7 @@ def convert(source: str, out: Path, env_id: str | None, num_episodes: int) -> No
             np.savez(out, env_id=np.array(args.env_id), **arrays)
         args.expert_data = str(out)
         bc.load_demonstrations(args, make_env(args))
-    except Failure:
+    except BaseException:
         out.unlink(missing_ok=True)
         raise
 
@@ -215,6 +215,8 @@ def main(argv: list[str] | None = None) -> int:
         exit_code, message = failure.args
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return exit_code
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_settings_of_the_algorithm_come_from_the_run(stopped, tmp_path, capsys, 
         "--torch-threads 2": "torch_threads is 1",
         "--compile always": "compile is never",
         "--env-id Drawn-v0": "env_id is Tiny-v0",
-        "--total-steps 0": "--total-steps 0",
+        "--total-steps 119": "total_steps is 120 and cannot become 119",
         "--evaluate x": "evaluate",
         "--render": "render",
     }.items():

@@ -578,7 +578,7 @@ BAD_SETTINGS = {
     "--actor-std 7.5": "--actor-std 7.5",
     "--actor-std 2e-9": "--actor-std 2e-09",
     "--actor-std nan": "--actor-std nan",
-    "--no-squash --actor-std 0.1": "--temperature auto --actor-std 0.1 --squash False",
+    "--actor-std 0.1": "--temperature auto --actor-std 0.1",
     "--critic-backup double-q --num-critics 3": "--num-critics 3 --critic-backup double-q",
     "--critic-backup redq --num-critics 1": "--num-critics 1 --critic-backup redq",
     "--video-every 3": "--video-every 3 --capture-video False",
@@ -609,12 +609,13 @@ def test_settings_that_break_a_rule_are_one_line_and_leave_nothing(tmp_path, mon
 
 
 def test_settings_at_the_edges_of_the_rules_are_accepted():
-    edges = ["--gamma 0", "--gamma 1", "--tau 1", "--temperature 0", "--actor-std 7.3", "--actor-std 3e-9"]
+    edges = ["--gamma 0", "--gamma 1", "--tau 1", "--temperature 0"]
     edges += ["--batch-size 64 --buffer-size 64", "--total-steps 2 --learning-starts 1", "--critic-backup value"]
     edges += [
         "--critic-backup redq",
         "--no-squash",
-        "--no-squash --actor-std 0.1 --temperature 0.1",
+        "--no-squash --actor-std 7.3 --temperature 0.1",
+        "--actor-std 3e-9 --temperature 0",
         "--random-steps 0",
     ]
     for arguments in edges:
