@@ -61,7 +61,7 @@ class Args:
     temperature_lr: float = 3e-4  # Adam's learning rate for the learned temperature
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: every learning rate falls to zero at total-steps
     temperature: float | Literal["auto"] = "auto"  # weight of the entropy: auto (learned), or fixed; 0: no bonus
-    target_entropy: float | Literal["auto"] = "auto"  # nats the learned one aims at, below dim(A) log 2; auto: -dim(A)
+    target_entropy: float | Literal["auto"] = "auto"  # nats the learned one aims at; auto: -dim(A) / 2
     backup_entropy: bool = True  # the entropy bonus in the critics' target
     actor_gradient: Literal["reparametrize", "reinforce"] = "reparametrize"  # estimator of the actor's gradient
     num_actor_samples: int = 1  # actions sampled per state in the actor's loss
@@ -225,7 +225,7 @@ class Agent(nn.Module):
         log_temperature = 0.0 if args.temperature in ("auto", 0) else math.log(args.temperature)
         self.log_temperature = nn.Parameter(torch.tensor(log_temperature), requires_grad=args.temperature == "auto")
         self.actor_and_temperature = [p for p in (*self.actor.parameters(), self.log_temperature) if p.requires_grad]
-        self.target_entropy = -float(action_dim) if args.target_entropy == "auto" else args.target_entropy
+        self.target_entropy = -action_dim / 2 if args.target_entropy == "auto" else args.target_entropy
         self.to(self.device)
         trained = [(self.critic, args.critic_lr), (self.actor, args.actor_lr), (self.value, args.critic_lr)]
         rates = [(list(network.parameters()), lr) for network, lr in trained if network]
@@ -490,7 +490,7 @@ def record(agent: Agent, args: Args, folder: Path, name: str) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-POLICY, CHECKPOINT = "policy/1", "sac-checkpoint/3"
+POLICY, CHECKPOINT = "policy/1", "sac-checkpoint/4"
 POLICY_SETTINGS = "env_id env_kwargs max_episode_steps hidden_size num_layers activation actor_std squash".split()
 
 

@@ -386,7 +386,7 @@ def plain_updates(agent, buffer, steps):
         objective = q if args.actor_gradient == "reparametrize" else fixed_log_prob * q.detach()
         minimise(0, (temperature * log_prob - objective).mean())
         if args.temperature == "auto":
-            target_entropy = -action.shape[1] if args.target_entropy == "auto" else args.target_entropy
+            target_entropy = -action.shape[1] / 2 if args.target_entropy == "auto" else args.target_entropy
             minimise(3, -(log_temperature.exp() * (log_prob.detach() + target_entropy)).mean())
     return [*actor.parameters(), *critic.parameters(), *(value.parameters() if value else [])], target, log_temperature
 
@@ -581,8 +581,9 @@ def test_fixed_temperature_stays_and_zero_means_no_bonus():
         assert agent.log_temperature.item() == before
 
 
-def test_default_target_entropy_is_minus_the_action_dimension():
-    assert make_agent(action_dim=2).target_entropy == -2
+def test_default_target_entropy_is_minus_half_the_action_dimension():
+    assert make_agent(action_dim=2).target_entropy == -1
+    assert make_agent(action_dim=3).target_entropy == -1.5
     assert make_agent(target_entropy=0.5).target_entropy == 0.5
 
 
