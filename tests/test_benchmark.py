@@ -404,6 +404,8 @@ def test_the_comparison_by_hand(tmp_path):
         f"| Hopper-v4 | a | 3 | 200 ± 100 | {p:.2f} | {-200 - half:.0f} to {-200 + half:.0f} |",
         "| Hopper-v4 | b | 3 | 400 ± 200 |  | |",
     ]
+    nothing = run("compare", *(f"a={tmp_path}/a/Hopper-v4__{seed}" for seed in range(2)), code=2)
+    assert "no environment has runs of both groups" in nothing.stderr and nothing.stdout == ""
 
 
 def test_statistics_by_hand():
