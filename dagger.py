@@ -314,6 +314,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             renderer.camera_id, renderer.default_cam_config = None, (renderer.default_cam_config or {}) | follow
         env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        if not render_mode:
+            env.reset()  # where an environment meets what is wrong with its settings
         env.spaces = {"obs_dim": obs_space.shape[0], "action_dim": space.shape[0]}
         env.spaces |= {"action_low": space.low.tolist(), "action_high": space.high.tolist()}
         return env
@@ -416,7 +418,6 @@ def one_line(what: object, exit_code: int = 2):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
     sys.path.append(os.getcwd())  # --env-id module:Env-v0 finds a module there
     try:
         args = tyro.cli(Args, args=argv)

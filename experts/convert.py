@@ -79,8 +79,15 @@ class ArrayUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, refused: only arrays and containers") from None
 
 
+def is_plain(value) -> bool:
+    """A number, or lists of numbers. NumPy would read memory at addresses that other objects' attributes give."""
+    return isinstance(value, int | float | np.generic) or (isinstance(value, list) and all(map(is_plain, value)))
+
+
 def numbers(value) -> np.ndarray:
-    """A pickled array, or a list of numbers, as float64 or bool."""
+    """A pickled array, or lists of numbers, as float64 or bool."""
+    if not isinstance(value, PickledArray) and not is_plain(value):
+        raise TypeError("holds something else where numbers should be")
     array = np.asarray(value.array if isinstance(value, PickledArray) else value)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"holds {array.dtype} where numbers should be")
@@ -96,7 +103,8 @@ def cs285_policy(content: dict, env: gym.Env, env_id: str) -> dict:
     """
     policy = content["GaussianPolicy"]
     moments, hidden = policy["obsnorm"]["Standardizer"], policy["hidden"]["FeedforwardNet"]
-    affine = [*(hidden[name]["AffineLayer"] for name in sorted(hidden)), policy["out"]["AffineLayer"]]
+    names = sorted(hidden, key=lambda name: int(name.rpartition("_")[2]))  # layer_10 comes after layer_9
+    affine = [*(hidden[name]["AffineLayer"] for name in names), policy["out"]["AffineLayer"]]
     weights, biases = ([numbers(layer[name]) for layer in affine] for name in ("W", "b"))
     biases = [bias.reshape(-1) for bias in biases]
     sizes = [len(weights[0]), *map(len, biases)]

@@ -125,8 +125,8 @@ def cs285_action(policy, obs):
     padded = np.zeros((len(obs), mean.shape[1]))
     padded[:, : obs.shape[1]] = obs
     x = (padded - mean) / (np.sqrt(np.maximum(0, mean_square - mean**2)) + 1e-6)
-    for name in sorted(parts["hidden"]["FeedforwardNet"]):
-        layer = parts["hidden"]["FeedforwardNet"][name]["AffineLayer"]
+    for layer in parts["hidden"]["FeedforwardNet"].values():
+        layer = layer["AffineLayer"]
         x = x @ layer["W"] + layer["b"]
         x = np.tanh(x) if policy["nonlin_type"] == "tanh" else np.where(x > 0, x, 0.01 * x)
     out = parts["out"]["AffineLayer"]

@@ -414,6 +414,7 @@ BAD = [
     ("--env-kwargs {", "--env-kwargs {: "),
     ("--env-kwargs []", "--env-kwargs []: "),
     ('--env-kwargs {"nothing":1}', "unexpected keyword argument 'nothing'"),
+    ('--env-id Hopper-v4 --env-kwargs {"reset_noise_scale":"x"}', "--env-id Hopper-v4 "),
     ("--max-episode-steps 0", "actually: 0"),
     ("--max-episode-steps -1", "no time limit"),
     ("--expert nothing.pt", "nothing.pt: "),
