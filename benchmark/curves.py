@@ -42,6 +42,11 @@ class Published:
     return_std: float
     """NaN where the source gives none"""
 
+    @property
+    def is_best(self) -> bool:
+        """The highest evaluation of a run rather than its last."""
+        return self.protocol.startswith("max")
+
 
 def without_version(env_id: str) -> str:
     return re.sub(r"-v\d+$", "", env_id)
@@ -118,10 +123,11 @@ def read_curves(paths: list[str]) -> list[Curve]:
     """All runs with at least one row below the paths; LABEL=PATH names those of a path. Raises UserError."""
     curves = []
     for argument in paths:
-        label, equals, path = argument.partition("=")
-        found = read_path(Path(path if equals else argument))
+        named = "=" in argument and not os.path.exists(argument)  # a folder may have a = in its name
+        label, path = argument.split("=", 1) if named else ("", argument)
+        found = read_path(Path(path))
         for curve in found:
-            curve.label = label if equals else curve.label
+            curve.label = label or curve.label
         curves += [curve for curve in found if len(curve.columns.get("step", ()))]
     if not curves:
         raise UserError(f"{' '.join(paths)}: no run with an evaluation in it")

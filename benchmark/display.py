@@ -3,6 +3,7 @@
 import csv
 import time
 from collections import deque
+from datetime import timedelta
 
 from grid import Run
 from rich.console import Console, Group
@@ -11,12 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 REFRESH_S = 1.0
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def last_row(run: Run) -> dict[str, str]:
@@ -50,9 +45,10 @@ class Display:
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
 
+    def is_due(self) -> bool:
+        return self.console.is_terminal and time.monotonic() - self.refreshed >= REFRESH_S
+
     def update(self, counts: dict[str, int], finished_before: int, running: dict[Run, float]) -> None:
-        if not self.console.is_terminal or time.monotonic() - self.refreshed < REFRESH_S:
-            return
         self.refreshed = time.monotonic()
         for run, fraction in running.items():
             self.work_before.setdefault(run, fraction)  # a resumed run does not start from zero
@@ -61,14 +57,13 @@ class Display:
         worked += sum(running.values())
         left = len(running) - sum(running.values()) + counts["waiting"]
         elapsed = self.refreshed - self.started
-        time_left = duration(elapsed / worked * left) if worked > 0 else "unknown yet"
+        time_left = timedelta(seconds=round(elapsed / worked * left)) if worked > 0 else "unknown yet"
         text = ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "finished")
         table = Table("run", "done", "step", "return", box=None, padding=(0, 2))
         room = max(1, self.console.height - 6)
         for run, fraction in list(running.items())[:room]:
             row = last_row(run)
-            value = f"{float(row['eval_return_mean']):.1f}" if row.get("eval_return_mean") else ""
-            table.add_row(run.name, f"{fraction:.0%}", row.get("step", ""), value)
+            table.add_row(run.name, f"{fraction:.0%}", row.get("step"), (row.get("eval_return_mean") or "")[:8])
         more = [Text(f"and {len(running) - room} more at work")] if len(running) > room else []
-        head = Text(f"{self.total} runs: {text}\n{duration(elapsed)} so far, time left: {time_left}")
+        head = Text(f"{self.total} runs: {text}\n{timedelta(seconds=round(elapsed))} so far, time left: {time_left}")
         self.live.update(Group(head, table, *more), refresh=True)

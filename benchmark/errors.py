@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Ends the process with what main returns, or with 2 after the line of a UserError."""
+    """Ends the process with what main returns, with 2 after the line of a UserError, or with 1 after an OSError's."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -31,6 +31,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -207,6 +207,8 @@ def make_runs(
             settings = {"torch-threads": 1} | experiment["settings"] | of_env | of_variant | (overrides or {})
             for seed in experiment["seeds"]:
                 own = {"env-id": env_id, "seed": seed, "exp-name": "-".join(filter(None, (path.stem, variant)))}
-                folder = parent / f"{env_id.replace('/', '_')}__{seed}"
+                folder = parent / f"{env_id.replace('/', '_').replace(':', '_')}__{seed}"
                 runs.append(Run(script, variant, env_id, seed, folder, tuple(to_arguments(own | settings))))
+    if len({run.folder for run in runs}) < len(runs):
+        raise UserError(f"{path}: two of its runs would share a folder, where / and : are _")
     return runs

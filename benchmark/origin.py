@@ -1,10 +1,15 @@
 """What results were made with: the code's revision, Python and the libraries, the machine."""
 
+import json
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
+
+from errors import UserError
+from grid import write_json
 
 PACKAGES = ("gymnasium", "mujoco", "numpy", "torch")
 
@@ -33,6 +38,23 @@ def find_origin(script: Path) -> dict:
     }
 
 
+def record_origin(path: Path, script: Path) -> None:
+    """Adds what a run is made with to a sweep.json, unless it stands there: a sweep may go on at another revision."""
+    try:
+        records = json.loads(path.read_text()) if path.exists() else []
+        origin = find_origin(script)
+        if origin not in [{key: record[key] for key in origin} for record in records]:
+            records.append({"started": time.strftime("%Y-%m-%d %H:%M:%S %z"), **origin})
+            write_json(path, records)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read or written ({error})") from None
+
+
+def num_cores() -> int:
+    """That we may run on, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def find_machine() -> dict:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -40,4 +62,4 @@ def find_machine() -> dict:
         lines = []
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
     system = f"{platform.system()} {platform.machine()}"
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": system}
+    return {"cpu": cpu, "cores": num_cores(), "system": system}

@@ -10,7 +10,9 @@ temperature and --no-backup-entropy, Q estimates the plain discounted return, so
 import numpy as np
 from curves import Curve, group, read_curves
 from errors import Parser, run_main
-from table import spread
+from table import print_table, spread
+
+HEADER = ("environment", "runs", "seeds", "final return", "Q at the start", "discounted return", "over-estimation")
 
 
 def second_half(curve: Curve, column: str) -> float:
@@ -21,16 +23,15 @@ def main() -> None:
     parser = Parser("Write a table of how far the critics over-estimate.")
     parser.add_argument("paths", nargs="+", help="run folders, or folders above them; or LABEL=PATH")
     groups = group(read_curves(parser.parse_args().paths))
-    print("| environment | runs | seeds | final return | Q at the start | discounted return | over-estimation |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
     for env_id, by_label in groups.items():
         for label, curves in by_label.items():
             q = [second_half(curve, "eval_q_mean") for curve in curves]
             returns = [second_half(curve, "eval_discounted_return_mean") for curve in curves]
             errors = [a - b for a, b in zip(q, returns, strict=True)]
             finals = [float(curve["eval_return_mean"][-1]) for curve in curves]
-            cells = (env_id, label, str(len(curves)), *map(spread, (finals, q, returns, errors)))
-            print("|", " | ".join(cells), "|")
+            rows.append([env_id, label, str(len(curves)), *map(spread, (finals, q, returns, errors))])
+    print_table(HEADER, rows)
 
 
 if __name__ == "__main__":

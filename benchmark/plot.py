@@ -8,7 +8,8 @@ Example:
 Intervals are percentile bootstrap intervals over seeds; a single seed has none. The interquartile mean drops a
 quarter of the seeds at each end, rounded down, so that below four seeds it is the mean. --normalise draws one panel
 for all environments together: (return - random) / (published - random), seeds resampled within each environment, as
-Agarwal et al. 2021 (arXiv:2108.13264) do. For the folder of a single run, every column of its progress.csv is drawn.
+Agarwal et al. 2021 (arXiv:2108.13264) do. For the folder of a single run, without --column and --level, every column
+of its progress.csv is drawn.
 """
 
 import math
@@ -131,7 +132,10 @@ def add_legend(figure, panels: list) -> None:
 def levels_of_published(path: Path) -> list[tuple[str, str, float]]:
     """(environment without its version, label, return)"""
     results = read_published(path)
-    labels = [f"{result.source}, at {EngFormatter(sep='')(result.steps)} steps" for result in results]
+    labels = [
+        f"{result.source}, {'best up to' if result.is_best else 'at'} {EngFormatter(sep='')(result.steps)} steps"
+        for result in results
+    ]
     return [(result.env, label, result.return_mean) for result, label in zip(results, labels, strict=True)]
 
 
@@ -206,14 +210,14 @@ def plot_run(curve: Curve):
 def save(figure, out: Path) -> None:
     """As the suffix says; without one, as PNG and as SVG."""
     for suffix in [out.suffix] if out.suffix else [".png", ".svg"]:
-        path = out.with_suffix(suffix)
         try:
+            path = out.with_suffix(suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=200)
         except OSError as error:
-            raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
+            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         except ValueError as error:
-            raise UserError(f"--out {path}: {error}") from None
+            raise UserError(f"--out {out}: {error}") from None
         print(path)
 
 
@@ -222,7 +226,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", help="run folders, folders above them, LABEL_ENV_SEED.csv; or LABEL=PATH")
     parser.add_argument("--out", type=Path, required=True, help="figure; without a suffix both .png and .svg")
     parser.add_argument("--statistic", choices=tuple(STATISTICS), default="mean", help="over seeds")
-    parser.add_argument("--column", default="eval_return_mean", help="of progress.csv")
+    parser.add_argument("--column", help="of progress.csv (default: eval_return_mean; of a single run all of them)")
     parser.add_argument("--published", type=Path, help="draw the results of a CSV like benchmark/published.csv")
     parser.add_argument(
         "--level",
@@ -239,16 +243,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.normalise and (args.published or args.level):
         raise UserError("--normalise contradicts --published and --level: scores have a published source already")
-    curves, statistic = read_curves(args.paths), STATISTICS[args.statistic]
+    curves, statistic, column = read_curves(args.paths), STATISTICS[args.statistic], args.column or "eval_return_mean"
+    is_one_run = (
+        len(args.paths) == len(curves) == 1 and curves[0].path == Path(args.paths[0]) and curves[0].path.is_dir()
+    )
     with plt.rc_context(STYLE):
         if args.normalise:
-            figure = plot_normalised(curves, args.column, statistic, args.normalise)
-        elif len(args.paths) == len(curves) == 1 and curves[0].path == Path(args.paths[0]) and curves[0].path.is_dir():
+            figure = plot_normalised(curves, column, statistic, args.normalise)
+        elif is_one_run and not (args.published or args.level or args.column):
             figure = plot_run(curves[0])
         else:
             levels = levels_of_published(args.published) if args.published else []
-            levels += [level for argument in args.level for level in levels_of_runs(argument, args.column)]
-            figure = plot_environments(curves, args.column, statistic, levels)
+            levels += [level for argument in args.level for level in levels_of_runs(argument, column)]
+            figure = plot_environments(curves, column, statistic, levels)
         save(figure, args.out)
 
 

@@ -59,8 +59,8 @@ class Desk:
         if self.attempts.get(run) != attempt or run.variant in self.refused_variants or self.stopping:
             return NOT_BEGUN
         lock = training_process.lock(run.log())
-        if lock is None:
-            return LOCKED
+        if lock is None or run.is_finished():  # by another sweep, meanwhile
+            return LOCKED if lock is None else 0
         run.clear()
         self.locks[run] = lock
         self.fractions[run] = 0.0
@@ -246,6 +246,8 @@ class RayEngine:
         ready, _ = ray.wait(list(self.submitted), num_returns=len(self.submitted), timeout=POLL_S)
         ended = [self.result(reference, self.submitted.pop(reference)) for reference in ready]
         for one in ended:
+            if one.exit_code == 0:
+                one.run.mark_finished()  # while no other sweep can begin it
             self.desk.end.remote(one.run)
         return ended
 

@@ -8,23 +8,21 @@ Writes OUT/EXPERIMENT[/VARIANT]/ENV__SEED, the run folder of each run, and a log
 skips what is finished and goes on with what was cut off. OUT/EXPERIMENT/sweep.json says what the runs were made with.
 """
 
-import json
 import os
 import secrets
 import shlex
 import shutil
 import signal
 import sys
-import time
 from collections import Counter, deque
 from pathlib import Path
 
 import training_process
 from display import Display
 from errors import Parser, UserError, run_main
-from grid import Run, has_run, make_runs, parse_overrides, write_json
+from grid import Run, has_run, make_runs, parse_overrides
 from local_engine import LOCKED, NOT_BEGUN, REFUSED, Ended, LocalEngine
-from origin import find_origin
+from origin import num_cores, record_origin
 
 MAX_ATTEMPTS = 2
 MAX_LOSSES = 10  # a run that so many machines died under is perhaps what kills them
@@ -58,8 +56,9 @@ class Sweep:
                     self.start(self.waiting.popleft())
                 for ended in self.engine.poll():
                     self.judge(ended)
-                running = self.engine.running()
-                self.display.update(self.counts_with(running), self.finished_before, running)
+                if self.display.is_due():
+                    running = self.engine.running()
+                    self.display.update(self.counts_with(running), self.finished_before, running)
             if self.stop_signal:
                 self.display.line("stopping; once more to end at once")
         finally:
@@ -70,15 +69,12 @@ class Sweep:
         if run.variant in self.refused_variants:
             self.counts["not started"] += 1
             return
-        if not has_run(run.folder):
-            self.fresh.add(run)
+        (self.fresh.discard if has_run(run.folder) else self.fresh.add)(run)
         self.engine.start(run)
 
     def judge(self, ended: Ended) -> None:
         run, code = ended.run, ended.exit_code
         if code == 0:
-            self.fresh.discard(run)
-            run.mark_finished()
             self.counts["finished"] += 1
             self.display.line(f"finished  {run.name} ({self.counts['finished']} of {self.display.total})")
         elif code == NOT_BEGUN:
@@ -136,18 +132,6 @@ def describe(ended: Ended) -> str:
     return f"ended with exit code {ended.exit_code}"
 
 
-def record_origin(path: Path, script: Path) -> None:
-    """Adds what this sweep is made with, unless it stands there: one may go on at another revision."""
-    try:
-        records = json.loads(path.read_text()) if path.exists() else []
-        origin = find_origin(script)
-        if origin not in [{key: record[key] for key in origin} for record in records]:
-            records.append({"started": time.strftime("%Y-%m-%d %H:%M:%S %z"), **origin})
-            write_json(path, records)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read or written ({error})") from None
-
-
 def print_commands(runs: list[Run]) -> None:
     """Each as the sweep would start it, with `python` where that is the same interpreter."""
     is_python = os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable)
@@ -194,9 +178,9 @@ def parse_args() -> tuple:
     return args, parse_overrides(rest)
 
 
-def make_engine(args, runs: list[Run]):
+def make_engine(args, runs: list[Run], folder: Path):
     if args.engine == "local":
-        return LocalEngine(args.jobs or len(os.sched_getaffinity(0)))
+        return LocalEngine(args.jobs or num_cores(), folder / "sweep.json")
     # Ray reads these when it is imported.
     environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     if not args.address:  # a token for this session alone; else Ray would leave one in the home folder
@@ -208,9 +192,11 @@ def make_engine(args, runs: list[Run]):
         if error.name != "ray":
             raise
         raise UserError("--engine ray: Ray is not installed; pip install -r benchmark/requirements.txt") from None
+    if not all(run.is_finished() for run in runs):
+        record_origin(folder / "sweep.json", runs[0].script)  # which Ray gets a copy of now
     return RayEngine(
         runs[0].script,
-        log=args.out / args.experiment.stem / "ray.log",
+        log=folder / "ray.log",
         address=args.address,
         cpus_per_run=args.cpus_per_run or 1,
         gpus_per_run=args.gpus_per_run or 0,
@@ -232,9 +218,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-    if not all(run.is_finished() for run in runs):
-        record_origin(folder / "sweep.json", runs[0].script)
-    engine = make_engine(args, runs)
+    engine = make_engine(args, runs, folder)
     with Display(len(runs)) as display:
         return Sweep(runs, engine, display).go()
 

@@ -7,20 +7,28 @@ Deviations are those over seeds (n - 1 in the divisor). "Final" is the last eval
 """
 
 import math
+from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from curves import Curve, Published, group, read_curves, read_published, without_version
-from display import duration
 from errors import Parser, run_main
 
 HEADER = ("Environment", "Program", "Seeds", "Steps", "Final return", "Best return", "Steps/s", "Wall time", "Protocol")
 OUR_PROTOCOL = "deterministic evaluation return"
 
 
-def spread(values: list[float]) -> str:
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}"
+def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """In Markdown."""
+    header = list(header)
+    for row in (header, ["---"] * len(header), *rows):
+        print("|", " | ".join(cell.replace("|", "\\|") for cell in row), "|")
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def whole(values: list[float]) -> str:
@@ -29,16 +37,26 @@ def whole(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def steps_per_s(curve: Curve) -> float:
-    """Median over the second half of training, after learning has started; without that column the whole run's."""
-    if "steps_per_s" in curve.columns:
-        return float(np.median(curve["steps_per_s"][len(curve["step"]) // 2 :]))
-    return float(curve["step"][-1] / curve["wall_time_s"][-1])
+def speed(curves: list[Curve]) -> list[str]:
+    """Steps a second and wall time, of the files that have the time.
+
+    Steps a second are the median over the second half of training, after learning has started; without that column
+    the whole run's.
+    """
+    if not all("wall_time_s" in curve.columns for curve in curves):
+        return ["", ""]
+    of_each = [
+        np.median(curve["steps_per_s"][len(curve["step"]) // 2 :])
+        if "steps_per_s" in curve.columns
+        else curve["step"][-1] / curve["wall_time_s"][-1]
+        for curve in curves
+    ]
+    seconds = np.mean([curve["wall_time_s"][-1] for curve in curves])
+    return [f"{np.median(of_each):.0f}", str(timedelta(seconds=round(seconds)))]
 
 
 def row_of_runs(env_id: str, label: str, curves: list[Curve]) -> list[str]:
     returns = [curve["eval_return_mean"] for curve in curves]
-    seconds = [float(curve["wall_time_s"][-1]) for curve in curves]
     return [
         env_id,
         label,
@@ -46,8 +64,7 @@ def row_of_runs(env_id: str, label: str, curves: list[Curve]) -> list[str]:
         whole([curve["step"][-1] for curve in curves]),
         spread([values[-1] for values in returns]),
         spread([np.nanmax(values) for values in returns]),
-        f"{np.median([steps_per_s(curve) for curve in curves]):.0f}",
-        duration(float(np.mean(seconds))),
+        *speed(curves),
         OUR_PROTOCOL,
     ]
 
@@ -55,9 +72,8 @@ def row_of_runs(env_id: str, label: str, curves: list[Curve]) -> list[str]:
 def row_of_published(env_id: str, result: Published) -> list[str]:
     deviation = "" if math.isnan(result.return_std) else f" ± {result.return_std:.1f}"
     value = f"{result.return_mean:.1f}{deviation}"
-    best = result.protocol.startswith("max")  # the highest evaluation of a run rather than its last
     source = f"[{result.source}]({result.url})"
-    final_and_best = ("", value) if best else (value, "")
+    final_and_best = ("", value) if result.is_best else (value, "")
     return [env_id, source, "", f"{result.steps:,}", *final_and_best, "", "", result.protocol]
 
 
@@ -73,8 +89,7 @@ def main() -> None:
     for env_id, by_label in group(read_curves(args.paths)).items():
         rows += [row_of_runs(env_id, label, curves) for label, curves in by_label.items()]
         rows += [row_of_published(env_id, result) for result in published if result.env == without_version(env_id)]
-    for row in (HEADER, ["---"] * len(HEADER), *rows):
-        print("|", " | ".join(cell.replace("|", "\\|") for cell in row), "|")
+    print_table(HEADER, rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 import training_process
 from errors import Parser, UserError, run_main
 from grid import ROOT, to_arguments, write_json
-from origin import find_machine, find_origin
+from origin import find_machine, find_origin, num_cores
 
 SCRIPT = ROOT / "sac_continuous.py"
 MEASURE = Path(__file__).with_name("measure.py")
@@ -171,7 +171,7 @@ def main() -> None:
         raise UserError(f"--steps {args.steps}: must be above {WARM_UP}, the steps before the clock starts")
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1")
-    available = len(os.sched_getaffinity(0))
+    available = num_cores()
     for threads in args.threads:
         if not 1 <= threads <= available:
             raise UserError(f"--threads {threads}: must be between 1 and {available}, the cores of this machine")

@@ -22,6 +22,7 @@ for package in ("yaml", "rich", "scipy"):
 import curves
 import display
 import grid
+import local_engine
 import measure
 import plot
 import throughput
@@ -86,6 +87,7 @@ def test_dry_run_prints_commands_that_run_by_hand(tmp_path):
         ("{}", ["--address", "auto"], "--address and --engine local contradict"),
         ("{}", ["--engine", "ray", "--jobs", "2"], "--jobs and --engine ray contradict"),
         ("script: sac_continuous.py\nenvironments: [A]\nseeds: [1]", ["--variants", "b"], "has no variants"),
+        ("script: sac_continuous.py\nenvironments: [a/B-v0, a_B-v0]\nseeds: [1]", [], "would share a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, text, arguments, complaint):
@@ -198,6 +200,30 @@ def test_a_run_that_another_sweep_works_on_is_left_to_it(tmp_path):
     assert "2 runs: 2 finished" in run("sweep", experiment, "--out", tmp_path / "out").stderr
 
 
+def test_a_run_that_another_sweep_has_finished_meanwhile_is_finished(tmp_path):
+    experiment = write_experiment(tmp_path, seeds=[1], settings={"checkpoints": False})
+    (one,) = grid.make_runs(experiment, tmp_path / "out")
+    engines = [local_engine.LocalEngine(1, tmp_path / "sweep.json") for _ in range(2)]
+    engines[0].start(one)
+    while not (ended := engines[0].poll()):
+        pass
+    engines[1].start(one)  # which did not see it end
+    assert ended == engines[1].poll() == [local_engine.Ended(one, 0)]
+    assert len(pids(one.log())) == 1
+    for engine in engines:
+        engine.close()
+
+
+def test_a_resumed_run_that_is_refused_does_not_stop_its_variant(tmp_path):
+    experiment = write_experiment(tmp_path, seeds=[1, 2])
+    script = tmp_path / "stand_in.py"
+    refusal = "if args.resume and args.seed == 1:\n    sys.exit(print('damaged') or 2)\n"
+    script.write_text(script.read_text().replace("folder = pathlib", refusal + "folder = pathlib", 1))
+    experiment.write_text(json.dumps(json.loads(experiment.read_text()) | {"settings": {"crash": "once"}}))
+    result = run("sweep", experiment, "--out", tmp_path / "out", "--jobs", 1, code=2)
+    assert "refused   A-v0__1" in result.stderr and "2 runs: 1 finished, 1 refused" in result.stderr
+
+
 def test_a_sweep_records_every_origin_of_its_runs(tmp_path):
     experiment = write_experiment(tmp_path, seeds=[1])
 
@@ -207,7 +233,7 @@ def test_a_sweep_records_every_origin_of_its_runs(tmp_path):
         return done.stdout.decode().strip()
 
     def records(total_steps):
-        run("sweep", experiment, "--out", tmp_path / "out", "--total-steps", total_steps)
+        run("sweep", experiment, "--out", tmp_path / "out", "--jobs", 1, "--total-steps", total_steps)
         content = json.loads((tmp_path / "out/grid/sweep.json").read_text())
         return [(record["revision"], record["uncommitted_changes"]) for record in content], content
 
@@ -221,6 +247,12 @@ def test_a_sweep_records_every_origin_of_its_runs(tmp_path):
     (tmp_path / "stand_in.py").write_text((tmp_path / "stand_in.py").read_text() + "# changed")
     assert records(15)[0] == [(revision, False)], "nothing was left to do"
     assert records(20)[0] == [(revision, False), (revision, True)]
+    write_experiment(tmp_path, seeds=[1, 2])
+    commit = f"git -C {tmp_path} -c user.name=x -c user.email=x@x commit -qam y"
+    with open(tmp_path / "stand_in.py", "a") as file:  # the first run's own last act changes the revision
+        file.write(f"if args.seed == 1:\n    os.system({commit!r})\n")
+    assert records(25)[0] == [(revision, False), (revision, True), (git("rev-parse", "HEAD"), False)]
+    assert git("rev-parse", "HEAD") != revision
 
 
 def test_a_sweep_of_the_real_script(tmp_path):
@@ -390,6 +422,11 @@ def test_the_table_by_hand(tmp_path):
     assert "max average evaluation return within 1M steps" in tianshou
     assert not any("Ant" in line for line in lines)
     assert lines[0].count("|") == lines[2].count("|") == tianshou.count("|")
+    folder = tmp_path / "tau=0.1"  # a folder, not a label; without times and args.json
+    (folder / "Ant-v4__1").mkdir(parents=True)
+    (folder / "Ant-v4__1/progress.csv").write_text("step,eval_return_mean\n5,1.5\n")
+    lines = run("table", folder).stdout.splitlines()
+    assert lines[2] == "| Ant-v4 | tau=0.1 | 1 | 5 | 1.5 | 1.5 |  |  | deterministic evaluation return |"
 
 
 def test_the_comparison_by_hand(tmp_path):
@@ -402,10 +439,16 @@ def test_the_comparison_by_hand(tmp_path):
     p, half = stats.t.cdf(-200 / error, freedom), stats.t.ppf(0.975, freedom) * error
     assert lines[2:] == [
         f"| Hopper-v4 | a | 3 | 200 ± 100 | {p:.2f} | {-200 - half:.0f} to {-200 + half:.0f} |",
-        "| Hopper-v4 | b | 3 | 400 ± 200 |  | |",
+        "| Hopper-v4 | b | 3 | 400 ± 200 |  |  |",
     ]
     nothing = run("compare", *(f"a={tmp_path}/a/Hopper-v4__{seed}" for seed in range(2)), code=2)
     assert "no environment has runs of both groups" in nothing.stderr and nothing.stdout == ""
+    write_run(tmp_path / "x/c/Ant-v4__1", "Ant-v4", 1, [9.0])
+    third = run("compare", f"a={tmp_path / 'a'}", tmp_path / "x", code=2)
+    assert "no environment has runs of both groups" in third.stderr
+    write_run(tmp_path / "b/Hopper-v4__7", "Hopper-v4", 7, [9.0, 8.0, 7.0])
+    longer = run("compare", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", code=2)
+    assert "Hopper-v4: the runs end at different steps, [2000, 3000]" in longer.stderr and longer.stdout == ""
 
 
 def test_statistics_by_hand():
@@ -452,6 +495,9 @@ def test_a_single_run_has_a_page_of_its_own(results, tmp_path):
     run("plot", results / "plain/Hopper-v4__1", "--out", tmp_path / "one.svg")
     text = (tmp_path / "one.svg").read_text()
     assert ">eval return mean<" in text and ">wall time s<" in text and ">eval return std<" not in text
+    run("plot", results / "plain/Hopper-v4__1", "--out", tmp_path / "one.svg", "--column", "wall_time_s")
+    text = (tmp_path / "one.svg").read_text()
+    assert ">wall time s<" in text and ">eval return mean<" not in text
 
 
 def test_the_command_that_a_run_prints_needs_the_scripts_requirements_alone(results, tmp_path):
@@ -499,6 +545,7 @@ def test_a_level_has_the_same_marker_in_every_panel(tmp_path):
         ("plot", ["nowhere", "--out", "x"], "no such file"),
         ("plot", [".", "--out", "x"], "no run"),
         ("plot", ["X", "--out", "x.tif.doc"], "not supported"),
+        ("plot", ["X", "--out", "."], "--out .: "),
         ("plot", ["X", "--out", "x", "--column", "gold"], "has no column gold"),
         ("plot", ["X", "--out", "x", "--normalise", "God"], "not a source"),
         ("plot", ["X", "--out", "x", "--normalise", "CleanRL SAC", "--published", "y"], "contradict"),
