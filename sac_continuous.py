@@ -2,7 +2,7 @@
 
     python sac_continuous.py --env-id HalfCheetah-v4 --temperature 0.2
 2018a: Haarnoja et al., "Soft Actor-Critic", arXiv:1801.01290 (state-value network, fixed temperature).
-2018b: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (the default here).
+2018b: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (default: half its target).
 Writes runs/ENV__EXP__SEED__TIME: args.json, progress.csv, policy.pt, checkpoint.pt, TensorBoard's events, videos/*.mp4.
 """
 
