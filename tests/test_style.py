@@ -42,8 +42,14 @@ def test_a_script_needs_what_requirements_txt_has_and_no_file_of_ours(script):
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_links_and_pictures_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    missing = []
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if anchor and target.is_file() else []
+        slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        if "://" not in link and (not target.exists() or (anchor and anchor not in slugs)):
+            missing.append(link)
     assert missing == []
 
 
