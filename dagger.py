@@ -269,8 +269,8 @@ def train(args: Args) -> None:
             row["expert_return_mean"] = expert_return
             rows.append(row)
             log(tensorboard, "evaluation", {name: row[name] for name in row if row[name] is not math.nan}, step)
-            lines = [",".join(map(str, line)) + "\n" for line in (row, *(row.values() for row in rows))]
-            save(run_dir / "progress.csv", "".join(lines))
+            table = [row.keys(), *(past.values() for past in rows)]
+            save(run_dir / "progress.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
             policy = {"format": POLICY, "algorithm": "dagger"} | {name: vars(shape)[name] for name in POLICY_SETTINGS}
             policy["state_dict"] = actor.state_dict()
             for name in (f"policy_iteration_{iteration}.pt", "policy.pt"):
@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise Failure(2, f"{' '.join(given)}: it must hold that {rule}")
         torch.set_num_threads(args.torch_threads)
         cpu = torch.cpu.get_capabilities()
-        if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
+        if args.device == "cpu" and cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster, and still float32
         if args.capture_video:
             with one_line("--capture-video"):

@@ -2,7 +2,7 @@
 
     python sac_continuous.py --env-id HalfCheetah-v4 --temperature 0.2
 2018a: Haarnoja et al., "Soft Actor-Critic", arXiv:1801.01290 (state-value network, fixed temperature).
-2018b: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (default: half its target).
+2018b: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (the default here).
 Writes runs/ENV__EXP__SEED__TIME: args.json, progress.csv, policy.pt, checkpoint.pt, TensorBoard's events, videos/*.mp4.
 """
 
@@ -61,12 +61,12 @@ class Args:
     temperature_lr: float = 3e-4  # Adam's learning rate for the learned temperature
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: every learning rate falls to zero at total-steps
     temperature: float | Literal["auto"] = "auto"  # weight of the entropy: auto (learned), or fixed; 0: no bonus
-    target_entropy: float | Literal["auto"] = "auto"  # nats the learned one aims at; auto: -dim(A) / 2
+    target_entropy: float | Literal["auto"] = "auto"  # nats it aims at; auto: -dim(A) / 2 (2018b: -dim(A))
     backup_entropy: bool = True  # the entropy bonus in the critics' target
     actor_gradient: Literal["reparametrize", "reinforce"] = "reparametrize"  # estimator of the actor's gradient
     num_actor_samples: int = 1  # actions sampled per state in the actor's loss
     num_critics: int = 2  # critics in the ensemble
-    critic_backup: Literal["min", "mean", "double-q", "redq", "value"] = "min"  # what becomes of the critics' values
+    critic_backup: Literal["min", "mean", "double-q", "redq", "value"] = "min"  # how values become the target
     num_critic_updates: int = 1  # critic updates, each on a fresh batch, before each actor update
     tau: float = 0.005  # targets move by target <- (1 - tau) target + tau online
     target_update_period: int = 1  # critic updates between two such moves; hard updates: --tau 1 and 1000 here
@@ -260,7 +260,7 @@ class Agent(nn.Module):
 
     def update(self, buffer: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
         """Critic updates on fresh batches, then one of actor and temperature. Returns what is logged."""
-        args, pair, (_, replay, losses) = self.args, None, self.streams
+        args, pair, (_, replay, random) = self.args, None, self.streams
         if args.lr_schedule == "linear":
             for group in self.optimizer.param_groups:
                 group["lr"].fill_(group["initial_lr"] * (1 - step / args.total_steps))
@@ -268,9 +268,9 @@ class Agent(nn.Module):
         indices = torch.randint(len(buffer), shape, generator=replay, device=self.device)
         for num_updates, index in enumerate(indices, start=(step - args.learning_starts) * len(indices) + 1):
             batch = obs, *_ = buffer[index]
-            noise = torch.randn(len(obs), self.action_dim, generator=losses, device=self.device)
+            noise = torch.randn(len(obs), self.action_dim, generator=random, device=self.device)
             if args.critic_backup == "redq":  # a random pair of the critics (Chen et al. 2021, algorithm 1)
-                pair = torch.rand(args.num_critics, generator=losses, device=self.device).topk(2).indices
+                pair = torch.rand(args.num_critics, generator=random, device=self.device).topk(2).indices
             gradients, metrics = self.critic_gradients(*batch, noise, pair)
             metrics = {name: value.clone() for name, value in metrics.items()}  # the next CUDA graph overwrites them
             self.step(self.critic.parameters(), gradients)
@@ -279,7 +279,7 @@ class Agent(nn.Module):
             if num_updates % args.target_update_period == 0:  # target <- (1 - tau) target + tau online
                 online = (self.value or self.critic).parameters()
                 torch._foreach_lerp_([p.data for p in self.target.parameters()], [p.data for p in online], args.tau)
-        noise = torch.randn(args.num_actor_samples * len(obs), self.action_dim, generator=losses, device=self.device)
+        noise = torch.randn(args.num_actor_samples * len(obs), self.action_dim, generator=random, device=self.device)
         gradients, of_actor = self.actor_gradients(obs, noise)
         self.step(self.actor_and_temperature, gradients)
         return metrics | of_actor
@@ -316,11 +316,10 @@ class Agent(nn.Module):
     def actor_gradients(self, obs, noise) -> tuple[tuple, dict]:
         obs, mean, log_std = (x.repeat(self.args.num_actor_samples, 1) for x in (obs, *self.actor(obs)))
         action, log_prob = self.actor.sample(mean, log_std, noise)  # (num_samples * batch, action_dim)
-        with torch.set_grad_enabled(self.args.actor_gradient == "reparametrize"):
-            q = actor_objective(self.critic(obs, action), self.args.critic_backup)
+        q = actor_objective(self.critic(obs, action), self.args.critic_backup)
         if self.args.actor_gradient == "reinforce":  # E[grad log pi(a|s) Q(s, a)] (Williams 1992), without a baseline
             u = (mean + log_std.exp() * noise).detach()
-            q = q * self.actor.log_prob(u, (u - mean) / log_std.exp(), log_std)
+            q = q.detach() * self.actor.log_prob(u, (u - mean) / log_std.exp(), log_std)
         loss = actor_loss(log_prob, q, self.temperature)
         metrics = {"actor_loss": loss.detach(), "entropy": -log_prob.detach(), "temperature": self.temperature}
         metrics |= {"policy_std": log_std.detach().exp(), "action_saturation": action.detach().abs() > 0.99}
@@ -365,7 +364,7 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
             done, last = step + 1, step + 1 == args.total_steps
             if last or any(done % every == 0 for every in (args.log_every, args.eval_every, args.checkpoint_every)):
                 weight_norm = nn.utils.get_total_norm(agent.parameters())
-                log(tensorboard, "learning", {"reward": reward, **metrics, "weight_norm": weight_norm}, done)
+                log(tensorboard, "learning", {**metrics, "weight_norm": weight_norm, "reward": reward}, done)
             if done % args.eval_every == 0 or last:
                 bar.set_description("evaluating")
                 columns = evaluate(agent, eval_env, args.eval_episodes)
@@ -379,8 +378,8 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
                 rows.append(row)
                 episodes, step_times = [], []
                 bar.set_postfix(train=row["train_return_mean"], eval=row["eval_return_mean"])
-                lines = [",".join(map(str, line)) + "\n" for line in (row, *(row.values() for row in rows))]
-                save(run_dir / "progress.csv", "".join(lines))
+                table = [row.keys(), *(past.values() for past in rows)]
+                save(run_dir / "progress.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
                 policy = {"format": POLICY, "algorithm": "sac"} | {name: vars(args)[name] for name in POLICY_SETTINGS}
                 policy["state_dict"] = copy.deepcopy(agent.actor).cpu().state_dict()
                 save(run_dir / "policy.pt", policy | env.spaces)
@@ -407,9 +406,9 @@ def mean(values) -> float:  # of a tensor, a list or a number; NaN of nothing
 def log(tensorboard: SummaryWriter, group: str, values: dict, step: int) -> None:
     """Into TensorBoard. A NaN or an infinity among the values ends the run."""
     for name, value in values.items():
-        if not math.isfinite(mean(value)):
+        if not math.isfinite(value := mean(value)):
             raise Failure(1, f"step {step}: {name} became NaN or infinite; what was saved before is whole")
-        tensorboard.add_scalar(f"{group}/{name}", mean(value), step)
+        tensorboard.add_scalar(f"{group}/{name}", value, step)
 
 
 # ---------------------------------------------------------------------------------------- environment and evaluation
@@ -576,8 +575,8 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     """The command line as settings that keep the rules, and the checkpoint of --resume or the policy of --evaluate."""
     args, content = tyro.cli(Args, args=argv), {}
     if args.resume or args.evaluate:
-        name, path = "checkpoint.pt" if args.resume else "policy.pt", Path(args.resume or args.evaluate)
-        content = load(path / name if args.resume or path.is_dir() else path, CHECKPOINT if args.resume else POLICY)
+        path = Path(args.resume, "checkpoint.pt") if args.resume else Path(args.evaluate)
+        content = load(path / "policy.pt" if path.is_dir() else path, CHECKPOINT if args.resume else POLICY)
         with one_line(path):
             base = Args(**{name: content.get(name, value) for name, value in vars(Args()).items()})
             if ":" in base.env_id and args.env_id != base.env_id:
@@ -612,7 +611,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.torch_threads)
         torch.set_float32_matmul_precision(args.matmul_precision)
         cpu = torch.cpu.get_capabilities()
-        if cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
+        if args.device == "cpu" and cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster, and still float32
         env = make_env(args, "human" if args.render else None)
         if args.capture_video:
