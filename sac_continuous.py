@@ -266,7 +266,8 @@ class Agent(nn.Module):
                 group["lr"].fill_(group["initial_lr"] * (1 - step / args.total_steps))
         shape = (args.num_critic_updates, args.batch_size)
         indices = torch.randint(len(buffer), shape, generator=replay, device=self.device)
-        for num_updates, index in enumerate(indices, start=(step - args.learning_starts) * len(indices) + 1):
+        first = (step - args.learning_starts) * args.num_critic_updates + 1  # their count is that of the whole run
+        for num_updates, index in enumerate(indices, start=first):
             batch = obs, *_ = buffer[index]
             noise = torch.randn(len(obs), self.action_dim, generator=random, device=self.device)
             if args.critic_backup == "redq":  # a random pair of the critics (Chen et al. 2021, algorithm 1)
@@ -361,15 +362,15 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
             step_times.append(time.perf_counter() - step_began)  # neither evaluating nor saving is counted
             bar.set_description("training", refresh=False)
             bar.update()
-            done, last = step + 1, step + 1 == args.total_steps
-            if last or any(done % every == 0 for every in (args.log_every, args.eval_every, args.checkpoint_every)):
+            steps, last = step + 1, step + 1 == args.total_steps
+            if last or any(steps % every == 0 for every in (args.log_every, args.eval_every, args.checkpoint_every)):
                 weight_norm = nn.utils.get_total_norm(agent.parameters())
-                log(tensorboard, "learning", {**metrics, "weight_norm": weight_norm, "reward": reward}, done)
-            if done % args.eval_every == 0 or last:
+                log(tensorboard, "learning", {**metrics, "weight_norm": weight_norm, "reward": reward}, steps)
+            if steps % args.eval_every == 0 or last:
                 bar.set_description("evaluating")
                 columns = evaluate(agent, eval_env, args.eval_episodes)
-                log(tensorboard, "evaluation", columns, done)
-                row = {"step": done, "wall_time_s": time.perf_counter() - began, **columns}
+                log(tensorboard, "evaluation", columns, steps)
+                row = {"step": steps, "wall_time_s": time.perf_counter() - began, **columns}
                 row |= {f"train_{name}_mean": mean([one[name] for one in episodes]) for name in ("return", "length")}
                 row["episodes"] = len(episodes) + (rows[-1]["episodes"] if rows else 0)
                 row["steps_per_s"] = 1 / mean(step_times)
@@ -383,15 +384,15 @@ def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkp
                 policy = {"format": POLICY, "algorithm": "sac"} | {name: vars(args)[name] for name in POLICY_SETTINGS}
                 policy["state_dict"] = copy.deepcopy(agent.actor).cpu().state_dict()
                 save(run_dir / "policy.pt", policy | env.spaces)
-                if args.capture_video and (done // args.eval_every % args.video_every == 0 or last):
+                if args.capture_video and (steps // args.eval_every % args.video_every == 0 or last):
                     bar.set_description("recording")
-                    video = record(agent, args, run_dir / "videos", f"step{done}")
-                    tensorboard.add_video("evaluation/video", video, done, fps=8)
-            if done % args.checkpoint_every == 0 or last:
+                    video = record(agent, args, run_dir / "videos", f"step{steps}")
+                    tensorboard.add_video("evaluation/video", video, steps, fps=8)
+            if steps % args.checkpoint_every == 0 or last:
                 state = {"networks": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "obs": obs.tolist()}
                 state |= {"episode": env.episode, "streams": [stream.get_state() for stream in agent.streams]}
                 state["buffer"] = torch.from_numpy(buffer.rows[: len(buffer)].cpu().numpy())  # filled rows alone
-                state["progress"] = done, time.perf_counter() - began, rows, episodes
+                state["progress"] = steps, time.perf_counter() - began, rows, episodes
                 save(run_dir / "checkpoint.pt", {"format": CHECKPOINT, **vars(args), **state})
     print(f"{run_dir} finished after {rows[-1]['step']} steps, evaluation return {rows[-1]['eval_return_mean']:.1f}")
     print(f"  curves      python {Path(sys.argv[0]).parent}/benchmark/plot.py {run_dir} --out {run_dir}/curves.png")
