@@ -61,7 +61,7 @@ class Args:
     temperature_lr: float = 3e-4  # Adam's learning rate for the learned temperature
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: every learning rate falls to zero at total-steps
     temperature: float | Literal["auto"] = "auto"  # weight of the entropy: auto (learned), or fixed; 0: no bonus
-    target_entropy: float | Literal["auto"] = "auto"  # nats it aims at; auto: -dim(A) / 2 (2018b: -dim(A))
+    target_entropy: float | Literal["auto"] = "auto"  # nats a learned one aims at; auto: -dim(A) / 2 (2018b: -dim(A))
     backup_entropy: bool = True  # the entropy bonus in the critics' target
     actor_gradient: Literal["reparametrize", "reinforce"] = "reparametrize"  # estimator of the actor's gradient
     num_actor_samples: int = 1  # actions sampled per state in the actor's loss
@@ -266,7 +266,7 @@ class Agent(nn.Module):
                 group["lr"].fill_(group["initial_lr"] * (1 - step / args.total_steps))
         shape = (args.num_critic_updates, args.batch_size)
         indices = torch.randint(len(buffer), shape, generator=replay, device=self.device)
-        first = (step - args.learning_starts) * args.num_critic_updates + 1  # their count is that of the whole run
+        first = (step - args.learning_starts) * args.num_critic_updates + 1  # they are counted over the whole run
         for num_updates, index in enumerate(indices, start=first):
             batch = obs, *_ = buffer[index]
             noise = torch.randn(len(obs), self.action_dim, generator=random, device=self.device)

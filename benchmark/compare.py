@@ -16,9 +16,9 @@ from table import print_table, spread
 def main() -> None:
     parser = Parser("One-sided Welch test: are the first runs' final returns below the second's?")
     parser.add_argument("paths", nargs=2, help="LABEL=PATH, the second one the group to compare with")
-    curves = read_curves(parser.parse_args().paths)
-    groups = {env_id: by_label for env_id, by_label in group(curves).items() if len(by_label) == 2}
-    if not groups or len({curve.label for curve in curves}) > 2:
+    found = read_curves(parser.parse_args().paths)
+    groups = {env_id: by_label for env_id, by_label in group(found).items() if len(by_label) == 2}
+    if not groups or len({curve.label for curve in found}) > 2:
         raise UserError("no environment has runs of both groups, or there is a third one: give each as LABEL=PATH")
     rows = []
     for env_id, by_label in groups.items():

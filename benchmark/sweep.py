@@ -69,7 +69,10 @@ class Sweep:
         if run.variant in self.refused_variants:
             self.counts["not started"] += 1
             return
-        (self.fresh.discard if has_run(run.folder) else self.fresh.add)(run)
+        if has_run(run.folder):
+            self.fresh.discard(run)
+        else:
+            self.fresh.add(run)
         self.engine.start(run)
 
     def judge(self, ended: Ended) -> None:

@@ -86,9 +86,11 @@ def is_plain(value) -> bool:
 
 def numbers(value) -> np.ndarray:
     """A pickled array, or lists of numbers, as float64 or bool."""
-    if not isinstance(value, PickledArray) and not is_plain(value):
-        raise TypeError("holds something else where numbers should be")
-    array = np.asarray(value.array if isinstance(value, PickledArray) else value)
+    if isinstance(value, PickledArray):
+        value = value.array
+    elif not is_plain(value):
+        raise TypeError(f"holds {type(value).__name__} where numbers should be")
+    array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"holds {array.dtype} where numbers should be")
     return array if array.dtype.kind == "b" else array.astype(np.float64)

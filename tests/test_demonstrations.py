@@ -250,7 +250,7 @@ WRONG_PICKLES = [
     (lambda c: [t.update(observation=t["observation"][:, :1]) for t in c], "Tiny-v0 needs [(60, 2)"),
     (lambda c: c[2].pop("reward"), "'reward'"),
     (lambda c: c[0]["action"].fill(np.nan), "NaN or infinity in its actions"),
-    (lambda c: c[0].update(reward="abc"), "where numbers should be"),
+    (lambda c: c[0].update(reward="abc"), "holds str where numbers should be"),
     (lambda c: c[0].update(reward=[1.0, [2.0]]), "inhomogeneous"),
     (lambda c: c.clear(), "at least one array"),
     (lambda c: c.append(1), "not subscriptable"),
