@@ -230,7 +230,7 @@ class Agent(nn.Module):
         trained = [(self.critic, args.critic_lr), (self.actor, args.actor_lr), (self.value, args.critic_lr)]
         rates = [(list(network.parameters()), lr) for network, lr in trained if network]
         rates += [([self.log_temperature], args.temperature_lr)]
-        groups = [{"params": group, "lr": torch.tensor(lr).to(self.device), "initial_lr": lr} for group, lr in rates]
+        groups = [{"params": group, "lr": lr, "initial_lr": lr} for group, lr in rates]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         # A stream for exploration, one for replay and one for losses: drawing from one never shifts another.
         seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
@@ -263,7 +263,7 @@ class Agent(nn.Module):
         args, pair, (_, replay, random) = self.args, None, self.streams
         if args.lr_schedule == "linear":
             for group in self.optimizer.param_groups:
-                group["lr"].fill_(group["initial_lr"] * (1 - step / args.total_steps))
+                group["lr"] = group["initial_lr"] * (1 - step / args.total_steps)
         shape = (args.num_critic_updates, args.batch_size)
         indices = torch.randint(len(buffer), shape, generator=replay, device=self.device)
         first = (step - args.learning_starts) * args.num_critic_updates + 1  # they are counted over the whole run
@@ -333,9 +333,8 @@ class Agent(nn.Module):
 def train(agent: Agent, buffer: ReplayBuffer, env: "Episode", args: Args, checkpoint: dict) -> None:
     """One run, from its first step or from its checkpoint to its last."""
     with one_line("checkpoint.pt" if checkpoint else args.env_id):
-        env.reset(seed=args.seed)  # seeds alone: what can be played again is an episode that starts without a seed
         first_step, wall_time_s, rows, episodes = checkpoint.get("progress", (0, 0.0, [], []))
-        obs = restore(checkpoint, agent, buffer, env) if checkpoint else env.reset()[0]
+        obs = restore(checkpoint, agent, buffer, env) if checkpoint else env.reset(seed=args.seed)[0]
     eval_env, name = make_env(args), f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.run_dir or Path("runs", name.replace("/", "_").replace(":", "_")))
     with one_line("--run-dir"):
@@ -417,11 +416,10 @@ class Episode(gym.Wrapper):
     """Observations as float32 copies, rewards as numbers; knows what it takes to play the episode under way again."""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:
-            self.unwrapped.action_space.seed(seed)  # an environment may sample from it
-        self.random_sources = self.unwrapped, self.unwrapped.action_space
-        start = [source.np_random.bit_generator.state for source in self.random_sources]
-        self.episode = {"start": start, "actions": [], "rewards": []}
+        space = self.unwrapped.action_space  # an environment may sample from it
+        seed = space.np_random.integers(2**31).item() if seed is None else seed  # so that it can be played again
+        space.seed(seed)
+        self.episode = {"seed": seed, "actions": [], "rewards": []}
         obs, info = self.env.reset(seed=seed, options=options)
         return np.array(obs, dtype=np.float32), info
 
@@ -490,7 +488,7 @@ def record(agent: Agent, args: Args, folder: Path, name: str) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-POLICY, CHECKPOINT = "policy/1", "sac-checkpoint/4"
+POLICY, CHECKPOINT = "policy/1", "sac-checkpoint/5"
 POLICY_SETTINGS = "env_id env_kwargs max_episode_steps hidden_size num_layers activation actor_std squash".split()
 
 
@@ -521,9 +519,7 @@ def restore(checkpoint: dict, agent: Agent, buffer: ReplayBuffer, env: Episode) 
     buffer.rows[: len(stored)] = stored
     for stream, state in zip(agent.streams, checkpoint["streams"], strict=True):
         stream.set_state(state)
-    for source, state in zip(env.random_sources, checkpoint["episode"]["start"], strict=True):
-        source.np_random.bit_generator.state = state
-    obs, _ = env.reset()
+    obs, _ = env.reset(seed=checkpoint["episode"]["seed"])
     for action in checkpoint["episode"]["actions"]:
         obs, *_ = env.step(np.float32(action))
     if (env.episode, obs.tolist()) != (checkpoint["episode"], checkpoint["obs"]):

@@ -36,6 +36,7 @@ class Tiny(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        self.own = np.random.default_rng(seed)
         self.t = 0
         self.obs = self.np_random.uniform(-1, 1, 2)
         return self.seen(), {}
@@ -56,6 +57,8 @@ class Tiny(gym.Env):
         self.obs = np.clip(0.9 * self.obs + 0.1 * float(np.mean(action)) + 0.1 * self.np_random.normal(size=2), -1, 1)
         if self.samples:
             self.obs = self.obs + self.action_space.sample()[0]
+        if self.noise == "own":
+            self.obs = self.obs + self.own.normal(size=2)
         if self.noise is True:  # outside the environment's generator: cannot be played again
             self.obs = self.obs + np.random.default_rng().normal(size=2)
         obs, reward = self.seen(), -self.reward_scale * float(self.obs @ self.obs)
@@ -65,7 +68,7 @@ class Tiny(gym.Env):
             obs = obs * np.nan
         if self.steps == self.bad_at and self.bad == "reward":
             reward = np.inf
-        if self.steps == self.bad_at and self.bad == "evaluation" and self.np_random_seed >= 1000:
+        if self.steps == self.bad_at and self.bad == "evaluation" and 1000 <= self.np_random_seed < 1100:
             reward = np.nan
         if self.reward_as_array:
             reward = np.array([reward])

@@ -544,7 +544,7 @@ def test_one_state_problem_reaches_the_soft_optimal_policy():
         agent.critic = GivenQ(q)
         for step in range(steps):
             for group in agent.optimizer.param_groups:
-                group["lr"].fill_(rate * (1 - step / steps))
+                group["lr"] = rate * (1 - step / steps)
             gradients, _ = agent.actor_gradients(torch.ones(128, 1), torch.randn(512, 2))
             agent.step(agent.actor.parameters(), gradients)
         found_mean, found_log_std = agent.actor(torch.ones(1, 1))
@@ -595,7 +595,7 @@ def test_linear_schedule_takes_every_rate_to_zero():
     for step in (0, 25, 100):
         before = copies(agent)
         agent.update(filled_buffer(), step)
-        found = {names[id(group["params"][0])]: group["lr"].item() for group in agent.optimizer.param_groups}
+        found = {names[id(group["params"][0])]: group["lr"] for group in agent.optimizer.param_groups}
         assert found == pytest.approx({name: rate * (1 - step / 100) for name, rate in expected.items()})
     changed = [name for (name, p), b in zip(agent.named_parameters(), before, strict=True) if not torch.equal(p, b)]
     assert all(name.startswith("target") for name in changed)

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ VARIANTS = [
     "--lr-schedule linear --critic-backup value --temperature 0.1",
     "--critic-backup redq --num-critics 3 --num-critic-updates 2 --target-update-period 3 --actor-gradient reinforce",
     "--critic-backup double-q --actor-std shared --no-squash --lr-schedule linear",
-    '--env-kwargs {"samples":true,"length":7}',
+    '--env-kwargs {"samples":true,"noise":"own","length":7}',
 ]
 
 
@@ -191,8 +192,10 @@ class Hostile:
 def spoilt(path):
     """Names and contents of the ways in which path can be broken."""
     data, content, target = path.read_bytes(), load(path), path.parent / "executed"
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
     flipped = bytearray(data)
-    flipped[len(data) // 2] ^= 1
+    flipped[largest.header_offset + largest.file_size // 2] ^= 1
     yield "cut off", data[:-100]
     yield "a flipped bit", bytes(flipped)
     yield "empty", b""
