@@ -96,6 +96,15 @@ def test_a_simulator_is_rebuilt_in_the_middle_of_an_episode(tmp_path, monkeypatc
     assert differences(tmp_path / "stopped", tmp_path / "whole") == []
 
 
+def test_every_episode_has_a_seed_of_its_own_that_follows_from_the_first():
+    starts = {}
+    for seed in (1, 1, 2):
+        env = sac.make_env(sac.Args(env_id="Tiny-v0"))
+        observations = [env.reset(seed=seed)[0], *(env.reset()[0] for _ in range(20))]
+        assert starts.setdefault(seed, [obs.tolist() for obs in observations]) == [obs.tolist() for obs in observations]
+    assert len({tuple(obs) for observations in starts.values() for obs in observations}) == 2 * 21
+
+
 def test_killed_at_random_moments(tmp_path):
     kills, runs, differing = campaign(2, tmp_path, more="--total-steps 250")
     assert kills >= 2 and runs >= 1
