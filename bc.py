@@ -229,15 +229,15 @@ def train(args: Args) -> None:
             if step % args.eval_every == 0 or last:
                 bar.set_description("evaluating")
                 validation_loss = bc_loss(learner, obs[held_out], action[held_out], args.loss)[1]
-                actor = copy.deepcopy(learner).cpu()  # of observations as they come: its first layer standardises them
-                actor.net[0].weight.data /= std
-                actor.net[0].bias.data -= actor.net[0].weight.data @ mean
+                actor = copy.deepcopy(learner).cpu().requires_grad_(False)
+                actor.net[0].weight /= std  # its first layer standardises: it takes observations as they come
+                actor.net[0].bias -= actor.net[0].weight @ mean
                 result = evaluate(actor, env, args.eval_episodes)
                 sampled = evaluate(actor, env, args.eval_episodes, stream(EVALUATION, args.seed))
                 row = {"step": step, "wall_time_s": time.perf_counter() - began}
                 row |= {f"eval_{name}": value for name, value in result.items()}
                 row["train_loss"] = torch.stack(losses).mean().item()
-                row["validation_loss"] = validation_loss.item() if len(held_out) else math.nan
+                row["validation_loss"] = validation_loss.item() if len(held_out) else math.nan  # this NaN is not logged
                 row |= {f"eval_sampled_{name}": sampled[name] for name in ("return_mean", "return_std")}
                 row["expert_return_mean"] = expert_return
                 rows.append(row)
@@ -355,7 +355,7 @@ def load_policy(path: Path, args: Args, env: gym.Env) -> Actor:
         actor.load_state_dict(policy["state_dict"])
         if not all(value.isfinite().all() for value in actor.state_dict().values()):
             raise ValueError("its weights are NaN or infinite")
-        return actor
+        return actor.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -370,7 +370,7 @@ RULES = [
 ]
 
 
-class Failure(Exception):
+class Failure(BaseException):
     """Ends the program with an exit code (2: bad input, 1: the run itself broke) and one line: its two arguments."""
 
 
@@ -379,8 +379,6 @@ def one_line(what: object, exit_code: int = 2):
     """Whatever goes wrong inside, in a library or a file, becomes a Failure with its message."""
     try:
         yield
-    except Failure:
-        raise
     except Exception as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         raise Failure(exit_code, f"{what}: {str(cause) or type(cause).__name__}") from error
@@ -390,8 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.append(os.getcwd())  # --env-id module:Env-v0 finds a module there
     try:
         args = tyro.cli(Args, args=argv)
-        if args.device == "auto":
-            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         args.torch_threads = args.torch_threads or torch.get_num_threads()
         for rule in RULES:
             if not eval(rule, globals(), vars(args)):
@@ -401,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.torch_threads)
         cpu = torch.cpu.get_capabilities()
         if args.device == "cpu" and cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster, and still float32
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster; float32 without AMX
         if args.capture_video:
             with one_line("--capture-video"):
                 (drawn := make_env(args, "rgb_array_list")).reset()

@@ -229,8 +229,7 @@ def train(args: Args) -> None:
             bar.set_description("rolling out")
             for episode in rollouts(actor, expert, env, args, iteration) if iteration else ():
                 new_obs = torch.from_numpy(episode["observations"])
-                with torch.no_grad():
-                    labels = expert.mean_action(new_obs)  # the expert is asked in each of the learner's states
+                labels = expert.mean_action(new_obs)  # the expert is asked in each of the learner's states
                 obs = torch.cat([obs, new_obs])[-args.buffer_size :]
                 action = torch.cat([action, labels])[-args.buffer_size :]
                 returns.append(episode["rewards"].sum(dtype=np.float64).item())
@@ -251,10 +250,9 @@ def train(args: Args) -> None:
                 if step % args.log_every == 0:
                     log(tensorboard, "learning", {"loss": reported}, step)
 
-            actor = copy.deepcopy(learner).cpu()  # of observations as they come: its first layer standardises them
-            actor.net[0].weight.data /= std
-            actor.net[0].bias.data -= actor.net[0].weight.data @ mean
-            last = iteration + 1 == args.num_iterations
+            actor = copy.deepcopy(learner).cpu().requires_grad_(False)
+            actor.net[0].weight /= std  # its first layer standardises: it takes observations as they come
+            actor.net[0].bias -= actor.net[0].weight @ mean
             bar.set_description("evaluating")
             log(tensorboard, "learning", {"weight_norm": nn.utils.get_total_norm(learner.parameters())}, step)
             result = evaluate(actor, env, args.eval_episodes)
@@ -262,7 +260,7 @@ def train(args: Args) -> None:
             row = {"step": step, "wall_time_s": time.perf_counter() - began}
             row |= {f"eval_{name}": value for name, value in result.items()}
             row |= {"iteration": iteration, "env_steps": env_steps, "expert_queries": env_steps}
-            row["train_return_mean"] = np.mean(returns).item() if returns else math.nan
+            row["train_return_mean"] = np.mean(returns).item() if returns else math.nan  # this NaN is not logged
             row["train_return_std"] = np.std(returns).item() if returns else math.nan
             row["train_loss"] = torch.stack(losses).mean().item()
             row |= {f"eval_sampled_{name}": sampled[name] for name in ("return_mean", "return_std")}
@@ -276,7 +274,7 @@ def train(args: Args) -> None:
             for name in (f"policy_iteration_{iteration}.pt", "policy.pt"):
                 save(run_dir / name, policy | env.spaces)
             bar.set_postfix(eval=row["eval_return_mean"], expert=expert_return)
-            if args.capture_video and ((iteration + 1) % args.video_every == 0 or last):
+            if args.capture_video and ((iteration + 1) % args.video_every == 0 or step == total):
                 bar.set_description("recording")
                 record(actor, args, run_dir / "videos", f"step{step}", tensorboard, step)
     print(f"{run_dir} finished: evaluation return {row['eval_return_mean']:.1f}, the expert's {expert_return:.1f}")
@@ -382,7 +380,7 @@ def load_policy(path: Path, args: Args, env: gym.Env) -> Actor:
         actor.load_state_dict(policy["state_dict"])
         if not all(value.isfinite().all() for value in actor.state_dict().values()):
             raise ValueError("its weights are NaN or infinite")
-        return actor
+        return actor.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -401,7 +399,7 @@ RULES = [
 ]
 
 
-class Failure(Exception):
+class Failure(BaseException):
     """Ends the program with an exit code (2: bad input, 1: the run itself broke) and one line: its two arguments."""
 
 
@@ -410,8 +408,6 @@ def one_line(what: object, exit_code: int = 2):
     """Whatever goes wrong inside, in a library or a file, becomes a Failure with its message."""
     try:
         yield
-    except Failure:
-        raise
     except Exception as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         raise Failure(exit_code, f"{what}: {str(cause) or type(cause).__name__}") from error
@@ -421,8 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.append(os.getcwd())  # --env-id module:Env-v0 finds a module there
     try:
         args = tyro.cli(Args, args=argv)
-        if args.device == "auto":
-            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         args.torch_threads = args.torch_threads or torch.get_num_threads()
         for rule in RULES:
             if not eval(rule, globals(), vars(args)):
@@ -432,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.torch_threads)
         cpu = torch.cpu.get_capabilities()
         if args.device == "cpu" and cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster, and still float32
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster; float32 without AMX
         if args.capture_video:
             with one_line("--capture-video"):
                 (drawn := make_env(args, "rgb_array_list")).reset()

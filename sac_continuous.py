@@ -1,6 +1,7 @@
 """Soft actor-critic (SAC) for continuous control, and the variants of it that the field uses, in one file.
 
     python sac_continuous.py --env-id HalfCheetah-v4 --temperature 0.2
+
 2018a: Haarnoja et al., "Soft Actor-Critic", arXiv:1801.01290 (state-value network, fixed temperature).
 2018b: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (the default here).
 Writes runs/ENV__EXP__SEED__TIME: args.json, progress.csv, policy.pt, checkpoint.pt, TensorBoard's events, videos/*.mp4.
@@ -149,7 +150,7 @@ class Ensemble(nn.Module):
         *hidden_layers, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
         for weight, bias in hidden_layers:
             x = self.activation(torch.baddbmm(bias, x, weight))  # (num_members, batch, hidden_size)
-        return torch.linalg.vecdot(x, last_weight.mT) + last_bias.squeeze(-1)
+        return torch.baddbmm(last_bias, x, last_weight).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------------- replay buffer
@@ -228,10 +229,8 @@ class Agent(nn.Module):
         self.target_entropy = -action_dim / 2 if args.target_entropy == "auto" else args.target_entropy
         self.to(self.device)
         trained = [(self.critic, args.critic_lr), (self.actor, args.actor_lr), (self.value, args.critic_lr)]
-        rates = [(list(network.parameters()), lr) for network, lr in trained if network]
-        rates += [([self.log_temperature], args.temperature_lr)]
-        groups = [{"params": group, "lr": lr, "initial_lr": lr} for group, lr in rates]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        rates = [(net.parameters(), lr) for net, lr in trained if net] + [([self.log_temperature], args.temperature_lr)]
+        self.optimizer = torch.optim.Adam([{"params": p, "lr": lr, "initial_lr": lr} for p, lr in rates], fused=True)
         # A stream for exploration, one for replay and one for losses: drawing from one never shifts another.
         seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
         self.streams = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
@@ -311,17 +310,17 @@ class Agent(nn.Module):
         with torch.no_grad():
             action, log_prob = self.actor.sample(*self.actor(obs), noise)
             temperature = self.temperature if self.args.backup_entropy else 0.0
-            target = backup(self.critic(obs, action), "value") - temperature * log_prob  # (1, batch)
+            target = self.critic(obs, action).min(0, keepdim=True).values - temperature * log_prob  # (1, batch)
         return torch.autograd.grad(critic_loss(self.value(obs), target), list(self.value.parameters()))
 
     def actor_gradients(self, obs, noise) -> tuple[tuple, dict]:
         obs, mean, log_std = (x.repeat(self.args.num_actor_samples, 1) for x in (obs, *self.actor(obs)))
         action, log_prob = self.actor.sample(mean, log_std, noise)  # (num_samples * batch, action_dim)
-        q = actor_objective(self.critic(obs, action), self.args.critic_backup)
+        objective = actor_objective(self.critic(obs, action), self.args.critic_backup)
         if self.args.actor_gradient == "reinforce":  # E[grad log pi(a|s) Q(s, a)] (Williams 1992), without a baseline
             u = (mean + log_std.exp() * noise).detach()
-            q = q.detach() * self.actor.log_prob(u, (u - mean) / log_std.exp(), log_std)
-        loss = actor_loss(log_prob, q, self.temperature)
+            objective = objective.detach() * self.actor.log_prob(u, (u - mean) / log_std.exp(), log_std)
+        loss = actor_loss(log_prob, objective, self.temperature)
         metrics = {"actor_loss": loss.detach(), "entropy": -log_prob.detach(), "temperature": self.temperature}
         metrics |= {"policy_std": log_std.detach().exp(), "action_saturation": action.detach().abs() > 0.99}
         if self.args.temperature == "auto":  # one sum, of which either part has a gradient for its own parameters alone
@@ -416,11 +415,10 @@ class Episode(gym.Wrapper):
     """Observations as float32 copies, rewards as numbers; knows what it takes to play the episode under way again."""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        space = self.unwrapped.action_space  # an environment may sample from it
-        seed = space.np_random.integers(2**31).item() if seed is None else seed  # so that it can be played again
-        space.seed(seed)
+        seed = np.random.default_rng(self.episode["seed"]).integers(2**63).item() if seed is None else seed
+        self.unwrapped.action_space.seed(seed)  # an environment may sample from it
         self.episode = {"seed": seed, "actions": [], "rewards": []}
-        obs, info = self.env.reset(seed=seed, options=options)
+        obs, info = self.env.reset(seed=seed % 2**31, options=options)  # old generators take no more bits
         return np.array(obs, dtype=np.float32), info
 
     def step(self, action: np.ndarray):
@@ -488,7 +486,7 @@ def record(agent: Agent, args: Args, folder: Path, name: str) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-POLICY, CHECKPOINT = "policy/1", "sac-checkpoint/5"
+POLICY, CHECKPOINT = "policy/1", "sac-checkpoint/6"
 POLICY_SETTINGS = "env_id env_kwargs max_episode_steps hidden_size num_layers activation actor_std squash".split()
 
 
@@ -552,7 +550,7 @@ RESUME_TAKES = "resume total_steps eval_every eval_episodes log_every checkpoint
 EVALUATE_TAKES = "evaluate env_id env_kwargs max_episode_steps eval_episodes capture_video render device torch_threads"
 
 
-class Failure(Exception):
+class Failure(BaseException):
     """Ends the program with an exit code (2: bad input, 1: the run itself broke) and one line: its two arguments."""
 
 
@@ -561,8 +559,6 @@ def one_line(what: object, exit_code: int = 2):
     """Whatever goes wrong inside, in a library or a file, becomes a Failure with its message."""
     try:
         yield
-    except Failure:
-        raise
     except Exception as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         raise Failure(exit_code, f"{what}: {str(cause) or type(cause).__name__}") from error
@@ -609,11 +605,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision(args.matmul_precision)
         cpu = torch.cpu.get_capabilities()
         if args.device == "cpu" and cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster, and still float32
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # by oneDNN, not MKL: faster; float32 without AMX
         env = make_env(args, "human" if args.render else None)
         if args.capture_video:
             with one_line("--capture-video"):
-                (drawn := make_env(args, "rgb_array_list")).reset()
+                (drawn := make_env(args, "rgb_array_list")).reset(seed=0)
                 Image.fromarray(drawn.render()[0])  # a frame can be drawn, and is one
         torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
         sizes = env.spaces["obs_dim"], env.spaces["action_dim"]
@@ -621,9 +617,9 @@ def main(argv: list[str] | None = None) -> int:
             agent, buffer = Agent(args, *sizes), ReplayBuffer(args.buffer_size, *sizes, torch.device(args.device))
         if args.evaluate:
             with one_line(args.evaluate):
-                agent.actor.load_state_dict(content["state_dict"])
                 if any(content[name] != value for name, value in env.spaces.items()):
                     raise ValueError(f"the policy was made for other spaces than {args.env_id} has, {env.spaces}")
+                agent.actor.load_state_dict(content["state_dict"])
                 average, deviation, *_ = evaluate(agent, env, args.eval_episodes).values()
                 if not math.isfinite(average):
                     raise ValueError("its return is NaN or infinite")

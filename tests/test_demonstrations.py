@@ -153,7 +153,7 @@ OTHER_POLICIES = [
     {"action_high": [2.0]},
     {"obs_dim": 3},
     {"action_dim": 2},
-    {"format": "sac-checkpoint/5"},
+    {"format": "sac-checkpoint/6"},
     {"activation": "maximum"},
     {"hidden_size": 5},
     {"state_dict": {}},

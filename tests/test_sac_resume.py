@@ -105,6 +105,17 @@ def test_every_episode_has_a_seed_of_its_own_that_follows_from_the_first():
     assert len({tuple(obs) for observations in starts.values() for obs in observations}) == 2 * 21
 
 
+def test_seeds_of_episodes_neither_come_back_nor_meet_those_of_another_run():
+    seeds = []
+    for seed in (2, 3):  # a chain of seeds of 31 bits each meets the other's at its 13,447th
+        env = sac.make_env(sac.Args(env_id="Tiny-v0"))
+        env.reset(seed=seed)
+        for _ in range(20_000):
+            env.reset()
+            seeds.append(env.episode["seed"])
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_killed_at_random_moments(tmp_path):
     kills, runs, differing = campaign(2, tmp_path, more="--total-steps 250")
     assert kills >= 2 and runs >= 1

@@ -405,7 +405,7 @@ def test_the_bar_says_what_goes_on(filmed):
 def test_pendulum_is_learned(tmp_path):
     settings = "--total-steps 5000 --random-steps 500 --learning-starts 500 --batch-size 128 --hidden-size 64"
     settings += " --actor-lr 1e-3 --critic-lr 1e-3 --temperature-lr 3e-3 --compile never --eval-every 1000"
-    assert run(tmp_path, f"--env-id Pendulum-v1 {settings} --eval-episodes 5 --torch-threads 1") == 0
+    assert run(tmp_path, f"--env-id Pendulum-v1 {settings} --eval-episodes 5 --seed 5 --torch-threads 1") == 0
     returns = [float(row["eval_return_mean"]) for row in rows(tmp_path / "run")]
     assert returns[0] < -800
     assert max(returns[1:]) > -250
@@ -773,7 +773,7 @@ def test_a_policy_file_that_fits_nothing(tmp_path, capsys):
         ({"state_dict": 7}, "policy.pt"),
         ({"state_dict": {}}, "Missing key"),
         ({"format": "policy/9"}, "format"),
-        ({"env_id": "Hopper-v4"}, "size mismatch"),
+        ({"env_id": "Hopper-v4"}, "other spaces than Hopper-v4 has"),
         ({"env_id": 3}, ""),
         ({"action_low": [-2.0]}, "'action_low': [-1.0]"),
         ({"action_high": [2.0]}, "'action_high': [1.0]"),
