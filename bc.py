@@ -346,7 +346,7 @@ def save(path: Path, content: dict | str) -> None:
 def load_policy(path: Path, args: Args, env: gym.Env) -> Actor:
     """The network of a policy.pt or run folder, which must be for this environment. Runs no code from the file."""
     path = path / "policy.pt" if path.is_dir() else path
-    with one_line(path), zipfile.ZipFile(path) as archive:
+    with one_line(f"--expert {path}"), zipfile.ZipFile(path) as archive:
         policy = torch.load(path, map_location="cpu", weights_only=True)
         needed = {"format": POLICY, "env_id": args.env_id, **env.spaces}
         if archive.testzip() or any(policy[name] != value for name, value in needed.items()):

@@ -542,6 +542,7 @@ RULES = [
     "actor_std in ('state', 'shared') or temperature != 'auto' or evaluate",  # else the means alone make the entropy
     "critic_backup != 'double-q' or num_critics == 2",
     "critic_backup != 'redq' or num_critics >= 2",
+    "compile != 'always' or can_compile(device)  # on a CPU with a C++ compiler and Python's headers",
     "video_every == 10 or capture_video",
     "'' not in (resume, evaluate, run_dir, exp_name)",
     "not render or (evaluate and not capture_video and (sys.platform != 'linux' or 'DISPLAY' in os.environ))",
@@ -562,6 +563,12 @@ def one_line(what: object, exit_code: int = 2):
     except Exception as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         raise Failure(exit_code, f"{what}: {str(cause) or type(cause).__name__}") from error
+
+
+def can_compile(device: str) -> bool:
+    """On a CPU torch.compile needs a C++ compiler and Python's headers."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) and Path(get_path("include"), "Python.h").exists()
+    return device != "cpu" or bool(compiler)
 
 
 def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
@@ -585,8 +592,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
             setattr(args, name, min(5_000, args.total_steps // 10))
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if args.compile == "auto":
-        compiler = shutil.which(os.environ.get("CXX", "g++")) and Path(get_path("include"), "Python.h").exists()
-        args.compile = "always" if args.total_steps >= 100_000 and (compiler or args.device != "cpu") else "never"
+        args.compile = "always" if args.total_steps >= 100_000 and can_compile(args.device) else "never"
     args.torch_threads = args.torch_threads or torch.get_num_threads()
     with one_line("settings"):
         for rule in RULES:
@@ -614,7 +620,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(args.seed)  # initial weights; everything random after them has a stream of its own
         sizes = env.spaces["obs_dim"], env.spaces["action_dim"]
         with one_line(f"--device {args.device} --buffer-size {args.buffer_size} --hidden-size {args.hidden_size}"):
-            agent, buffer = Agent(args, *sizes), ReplayBuffer(args.buffer_size, *sizes, torch.device(args.device))
+            capacity = 0 if args.evaluate else args.buffer_size
+            agent, buffer = Agent(args, *sizes), ReplayBuffer(capacity, *sizes, torch.device(args.device))
         if args.evaluate:
             with one_line(args.evaluate):
                 if any(content[name] != value for name, value in env.spaces.items()):

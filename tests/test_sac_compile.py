@@ -86,4 +86,6 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     assert (chosen("--total-steps 100000"), chosen("--total-steps 99999")) == ("always", "never")
     assert chosen("--total-steps 99999 --compile always") == "always"
     monkeypatch.setenv("CXX", "nosuchcompiler")
-    assert (chosen("--total-steps 100000"), chosen("--total-steps 100000 --compile always")) == ("never", "always")
+    assert chosen("--total-steps 100000") == "never"
+    with pytest.raises(sac.Failure, match=r"--compile always: .*C\+\+ compiler"):
+        chosen("--compile always")
