@@ -165,7 +165,7 @@ OTHER_POLICIES = [
 @pytest.mark.parametrize("changes", OTHER_POLICIES, ids=[str(changes) for changes in OTHER_POLICIES])
 def test_other_policies_are_refused(changes, tmp_path):
     path = linear_expert(tmp_path / "e.pt", [[1.0, 1.0]], **changes)
-    assert refused(load_actor, path).startswith(f"{path}: ")
+    assert refused(load_actor, path).startswith(f"--expert {path}: ")
 
 
 def test_every_damage_to_a_policy_is_noticed(tmp_path):
@@ -188,7 +188,7 @@ def test_a_policy_that_would_run_code_runs_none(tmp_path):
         torch.save(content, tmp_path / f"{number}.pt")
         linear_expert(tmp_path / "e.pt", [[1.0, 1.0]], state_dict=call)
         for path in (tmp_path / f"{number}.pt", tmp_path / "e.pt"):
-            assert refused(load_actor, path).startswith(f"{path}: ")
+            assert refused(load_actor, path).startswith(f"--expert {path}: ")
             assert convert.main([str(path), str(tmp_path / "out.npz")]) == 2
     assert not effect.exists()
     assert not (tmp_path / "out.npz").exists()
@@ -535,5 +535,6 @@ def test_real_files(env_id, tmp_path):
         while not over:
             obs, reward, terminated, truncated, _ = env.step(mean_action(actor, obs[None])[0])
             total, over = total + reward, terminated or truncated
-    assert total / 10 == pytest.approx(float(of_expert.split()[0]), rel=0.01)
+    average, deviation = map(float, of_expert.split("±"))  # over 5 episodes, which rounding makes others of
+    assert total / 10 == pytest.approx(average, abs=3 * deviation * (1 / 5 + 1 / 10) ** 0.5)
     assert policy_of(tmp_path, f"policy_{env_id}.pt")["algorithm"] == "cs285"
