@@ -427,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.torch_threads)
         cpu = torch.cpu.get_capabilities()
         if args.device == "cpu" and cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN for MKL: faster, no bf16 without AMX
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: faster; no bf16 without AMX
         if args.capture_video:
             with one_line("--capture-video"):
                 (drawn := make_env(args, "rgb_array_list")).reset()

@@ -611,7 +611,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision(args.matmul_precision)
         cpu = torch.cpu.get_capabilities()
         if args.device == "cpu" and cpu.get("cpu_name", "").startswith("AMD") and not cpu.get("amx_bf16"):
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN for MKL: faster, no bf16 without AMX
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, not MKL: faster; no bf16 without AMX
         env = make_env(args, "human" if args.render else None)
         if args.capture_video:
             with one_line("--capture-video"):
