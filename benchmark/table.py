@@ -1,11 +1,14 @@
 """Writes the Markdown table of results: final and best returns over seeds, speed, published numbers beside them.
 
-Example:
+Examples:
     python benchmark/table.py runs/sac_mujoco > table.md
+    python benchmark/table.py runs/sac_mujoco --at 100000 500000
 
-Deviations are those over seeds (n - 1 in the divisor). "Final" is the last evaluation of each seed, "best" its highest.
+Deviations are those over seeds (n - 1 in the divisor). "Final" is the last evaluation of each seed, "best" its highest,
+"best of the mean" the highest point of the seeds' mean, "last ten" the mean of each seed's last ten evaluations.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from datetime import timedelta
@@ -15,7 +18,8 @@ import numpy as np
 from curves import Curve, Published, group, read_curves, read_published, without_version
 from errors import Parser, run_main
 
-HEADER = ("Environment", "Program", "Seeds", "Steps", "Final return", "Best return", "Steps/s", "Wall time", "Protocol")
+RETURNS = ("Final return", "Best return", "Best of the mean", "Last ten")
+HEADER = ("Environment", "Program", "Seeds", "Steps", *RETURNS, "Steps/s", "Wall time", "Protocol")
 OUR_PROTOCOL = "deterministic evaluation return"
 
 
@@ -55,6 +59,20 @@ def speed(curves: list[Curve]) -> list[str]:
     return [f"{np.median(of_each):.0f}", str(timedelta(seconds=round(seconds)))]
 
 
+def best_of_the_mean(curves: list[Curve]) -> str:
+    """Over the steps at which all seeds were evaluated."""
+    steps = functools.reduce(np.intersect1d, [curve["step"] for curve in curves])
+    common = [curve["eval_return_mean"][np.isin(curve["step"], steps)] for curve in curves]
+    return f"{np.mean(common, axis=0).max():.1f}" if len(steps) else ""
+
+
+def last_ten(curves: list[Curve], step: float = math.inf) -> str:
+    """Each seed's mean of its last ten evaluations up to a step; "" where a seed has not come so far."""
+    if step < math.inf and any(curve["step"][-1] < step for curve in curves):
+        return ""
+    return spread([curve["eval_return_mean"][curve["step"] <= step][-10:].mean() for curve in curves])
+
+
 def row_of_runs(env_id: str, label: str, curves: list[Curve]) -> list[str]:
     returns = [curve["eval_return_mean"] for curve in curves]
     return [
@@ -64,6 +82,8 @@ def row_of_runs(env_id: str, label: str, curves: list[Curve]) -> list[str]:
         whole([curve["step"][-1] for curve in curves]),
         spread([values[-1] for values in returns]),
         spread([np.nanmax(values) for values in returns]),
+        best_of_the_mean(curves),
+        last_ten(curves),
         *speed(curves),
         OUR_PROTOCOL,
     ]
@@ -73,8 +93,8 @@ def row_of_published(env_id: str, result: Published) -> list[str]:
     deviation = "" if math.isnan(result.return_std) else f" ± {result.return_std:.1f}"
     value = f"{result.return_mean:.1f}{deviation}"
     source = f"[{result.source}]({result.url})"
-    final_and_best = ("", value) if result.is_best else (value, "")
-    return [env_id, source, "", f"{result.steps:,}", *final_and_best, "", "", result.protocol]
+    returns = ("", "", value, "") if result.is_best else (value, "", "", "")
+    return [env_id, source, "", f"{result.steps:,}", *returns, "", "", result.protocol]
 
 
 def main() -> None:
@@ -83,10 +103,20 @@ def main() -> None:
     parser.add_argument(
         "--published", type=Path, default=Path(__file__).with_name("published.csv"), help="CSV of published results"
     )
+    parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help="instead, the last ten up to each step")
     args = parser.parse_args()
+    groups = group(read_curves(args.paths))
+    if args.at:
+        rows = [
+            [env_id, label, str(len(curves)), *(last_ten(curves, step) for step in args.at)]
+            for env_id, by_label in groups.items()
+            for label, curves in by_label.items()
+        ]
+        print_table(("Environment", "Program", "Seeds", *(f"{step:,}" for step in args.at)), rows)
+        return
     published = read_published(args.published)
     rows = []
-    for env_id, by_label in group(read_curves(args.paths)).items():
+    for env_id, by_label in groups.items():
         rows += [row_of_runs(env_id, label, curves) for label, curves in by_label.items()]
         rows += [row_of_published(env_id, result) for result in published if result.env == without_version(env_id)]
     print_table(HEADER, rows)

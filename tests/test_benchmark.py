@@ -415,10 +415,11 @@ def test_the_table_by_hand(tmp_path):
         )
     lines = run("table", tmp_path / "x").stdout.splitlines()
     assert lines[2] == (
-        "| Hopper-v4 | x | 2 | 3,000 | 28.0 ± 2.8 | 33.0 ± 9.9 | 115 | 0:00:30 | deterministic evaluation return |"
+        "| Hopper-v4 | x | 2 | 3,000 | 28.0 ± 2.8 | 33.0 ± 9.9 | 32.5 | 25.2 ± 2.1 "
+        "| 115 | 0:00:30 | deterministic evaluation return |"
     )
     tianshou = next(line for line in lines if "Tianshou SAC]" in line)
-    assert "[Tianshou SAC](https://github.com/" in tianshou and "|  | 3542.2 ± 51.5 |" in tianshou
+    assert "[Tianshou SAC](https://github.com/" in tianshou and "|  |  | 3542.2 ± 51.5 |  |" in tianshou
     assert "max average evaluation return within 1M steps" in tianshou
     assert not any("Ant" in line for line in lines)
     assert lines[0].count("|") == lines[2].count("|") == tianshou.count("|")
@@ -426,7 +427,19 @@ def test_the_table_by_hand(tmp_path):
     (folder / "Ant-v4__1").mkdir(parents=True)
     (folder / "Ant-v4__1/progress.csv").write_text("step,eval_return_mean\n5,1.5\n")
     lines = run("table", folder).stdout.splitlines()
-    assert lines[2] == "| Ant-v4 | tau=0.1 | 1 | 5 | 1.5 | 1.5 |  |  | deterministic evaluation return |"
+    assert lines[2] == "| Ant-v4 | tau=0.1 | 1 | 5 | 1.5 | 1.5 | 1.5 | 1.5 |  |  | deterministic evaluation return |"
+
+
+def test_the_table_up_to_steps_by_hand(tmp_path):
+    write_run(tmp_path / "x/Hopper-v4__1", "Hopper-v4", 1, [float(10 * i) for i in range(12)])
+    write_run(tmp_path / "x/Hopper-v4__2", "Hopper-v4", 2, [4.0] * 11)
+    lines = run("table", tmp_path / "x", "--at", 2000, 11500, 12000).stdout.splitlines()
+    assert lines[0] == "| Environment | Program | Seeds | 2,000 | 11,500 | 12,000 |"
+    assert lines[2] == "| Hopper-v4 | x | 2 | 4.5 ± 0.7 |  |  |"  # seed 2 ends at step 11,000
+    lines = run("table", tmp_path / "x/Hopper-v4__1", "--at", 11500).stdout.splitlines()
+    assert lines[2:] == ["| Hopper-v4 | x | 1 | 55.0 |"]  # 10 to 100
+    lines = run("table", tmp_path / "x").stdout.splitlines()
+    assert "| 57.0 ± 75.0 | 57.0 ± 75.0 | 52.0 | 34.5 ± 43.1 |" in lines[2]  # best of the mean: (100 + 4) / 2
 
 
 def test_the_comparison_by_hand(tmp_path):
