@@ -454,6 +454,9 @@ def test_the_comparison_by_hand(tmp_path):
         f"| Hopper-v4 | a | 3 | 200 ± 100 | {p:.2f} | {-200 - half:.0f} to {-200 + half:.0f} |",
         "| Hopper-v4 | b | 3 | 400 ± 200 |  |  |",
     ]
+    lines = run("compare", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--last", 2).stdout.splitlines()
+    assert "| a | 3 | 104 ± 50 |" in lines[2] and "| b | 3 | 204 ± 100 |" in lines[3]
+    assert "at least 1" in run("compare", tmp_path / "a", tmp_path / "b", "--last", 0, code=2).stderr
     nothing = run("compare", *(f"a={tmp_path}/a/Hopper-v4__{seed}" for seed in range(2)), code=2)
     assert "no environment has runs of both groups" in nothing.stderr and nothing.stdout == ""
     write_run(tmp_path / "x/c/Ant-v4__1", "Ant-v4", 1, [9.0])
