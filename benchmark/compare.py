@@ -3,8 +3,8 @@
 Example:
     python benchmark/compare.py ours=benchmark/results/sac_100k sb3=benchmark/results/peers
 
-One-sided Welch test over seeds, per environment, of the last evaluation or the mean of the last N: p below 0.05 would mean significantly below. Beside it the 95 %
-interval of the difference, first group minus second.
+One-sided Welch test over seeds, per environment, of their last evaluations, or of the means of their last N: p below
+0.05 would mean significantly below. Beside it the 95 % interval of the difference, first group minus second.
 """
 
 from curves import group, read_curves
