@@ -632,8 +632,9 @@ def main(argv: list[str] | None = None) -> int:
                     raise ValueError("its return is NaN or infinite")
             print(f"{args.env_id}: return {average:.2f} +- {deviation:.2f} over {args.eval_episodes} episodes")
             if args.capture_video:
-                path = Path(args.evaluate)
-                record(agent, args, (path if path.is_dir() else path.parent) / "videos", "evaluate")
+                folder = Path(args.evaluate if os.path.isdir(args.evaluate) else Path(args.evaluate).parent, "videos")
+                print(f"drawing {folder}/evaluate-episode-0.mp4")
+                record(agent, args, folder, "evaluate")
         else:
             train(agent, buffer, env, args, content)
         return 0

@@ -467,7 +467,8 @@ def test_evaluate_and_record_policies_of_all_three_scripts(tmp_path, capsys):
     actor = random_policy(tmp_path / "policy.pt", env_id="Drawn-v0")
     evaluate = ["--evaluate", str(tmp_path / "policy.pt"), "--eval-episodes", "3"]
     assert sac.main([*evaluate, "--capture-video"]) == 0
-    mean, std = map(float, re.search(r"return (\S+) \+- (\S+) over 3 episodes", capsys.readouterr().out).groups())
+    printed, drawing = capsys.readouterr().out.splitlines()
+    mean, std = map(float, re.search(r"return (\S+) \+- (\S+) over 3 episodes", printed).groups())
     returns, env = [], gym.make("Drawn-v0")
     for seed in (1000, 1001, 1002):
         obs, _ = env.reset(seed=seed)
@@ -478,6 +479,7 @@ def test_evaluate_and_record_policies_of_all_three_scripts(tmp_path, capsys):
             returns[-1] += reward
     assert (mean, std) == (pytest.approx(np.mean(returns), abs=0.006), pytest.approx(np.std(returns), abs=0.006))
     (video,) = (tmp_path / "videos").iterdir()
+    assert drawing == f"drawing {video}"
     assert video.suffix == ".mp4" and video.stat().st_size > 1000
     assert sac.main(["--evaluate", str(tmp_path), "--eval-episodes", "1", "--max-episode-steps", "5"]) == 0
 
