@@ -63,12 +63,12 @@ def best_of_the_mean(curves: list[Curve]) -> str:
     """Over the steps at which all seeds were evaluated."""
     steps = functools.reduce(np.intersect1d, [curve["step"] for curve in curves])
     common = [curve["eval_return_mean"][np.isin(curve["step"], steps)] for curve in curves]
-    return f"{np.mean(common, axis=0).max():.1f}" if len(steps) else ""
+    return f"{np.nanmax(np.mean(common, axis=0)):.1f}" if len(steps) else ""
 
 
 def last_ten(curves: list[Curve], step: float = math.inf) -> str:
-    """Each seed's mean of its last ten evaluations up to a step; "" where a seed has not come so far."""
-    if step < math.inf and any(curve["step"][-1] < step for curve in curves):
+    """Each seed's mean of its last ten evaluations up to a step; "" where a seed begins later or ends before."""
+    if step < math.inf and not all(curve["step"][0] <= step <= curve["step"][-1] for curve in curves):
         return ""
     return spread([curve["eval_return_mean"][curve["step"] <= step][-10:].mean() for curve in curves])
 

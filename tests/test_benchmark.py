@@ -433,9 +433,9 @@ def test_the_table_by_hand(tmp_path):
 def test_the_table_up_to_steps_by_hand(tmp_path):
     write_run(tmp_path / "x/Hopper-v4__1", "Hopper-v4", 1, [float(10 * i) for i in range(12)])
     write_run(tmp_path / "x/Hopper-v4__2", "Hopper-v4", 2, [4.0] * 11)
-    lines = run("table", tmp_path / "x", "--at", 2000, 11500, 12000).stdout.splitlines()
-    assert lines[0] == "| Environment | Program | Seeds | 2,000 | 11,500 | 12,000 |"
-    assert lines[2] == "| Hopper-v4 | x | 2 | 4.5 ± 0.7 |  |  |"  # seed 2 ends at step 11,000
+    lines = run("table", tmp_path / "x", "--at", 999, 2000, 11500).stdout.splitlines()
+    assert lines[0] == "| Environment | Program | Seeds | 999 | 2,000 | 11,500 |"
+    assert lines[2] == "| Hopper-v4 | x | 2 |  | 4.5 ± 0.7 |  |"  # both begin at step 1,000, seed 2 ends at 11,000
     lines = run("table", tmp_path / "x/Hopper-v4__1", "--at", 11500).stdout.splitlines()
     assert lines[2:] == ["| Hopper-v4 | x | 1 | 55.0 |"]  # 10 to 100
     lines = run("table", tmp_path / "x").stdout.splitlines()
