@@ -539,7 +539,7 @@ RULES = [
     "target_entropy == 'auto' or -math.inf < target_entropy < math.inf",
     "backup_entropy or temperature != 0",
     "actor_std in ('state', 'shared') or math.exp(-20) <= actor_std <= math.exp(2)",
-    "actor_std in ('state', 'shared') or temperature != 'auto' or evaluate",  # else the means alone make the entropy
+    "actor_std in ('state', 'shared') or temperature != 'auto' or evaluate  # a fixed one needs a fixed temperature",
     "critic_backup != 'double-q' or num_critics == 2",
     "critic_backup != 'redq' or num_critics >= 2",
     "compile != 'always' or can_compile(device)  # on a CPU with a C++ compiler and Python's headers",
@@ -627,9 +627,9 @@ def main(argv: list[str] | None = None) -> int:
                 if any(content[name] != value for name, value in env.spaces.items()):
                     raise ValueError(f"the policy was made for other spaces than {args.env_id} has, {env.spaces}")
                 agent.actor.load_state_dict(content["state_dict"])
-                average, deviation, *_ = evaluate(agent, env, args.eval_episodes).values()
-                if not math.isfinite(average):
-                    raise ValueError("its return is NaN or infinite")
+                if not nn.utils.get_total_norm(agent.actor.state_dict().values()).isfinite():
+                    raise ValueError("its weights are NaN or infinite")
+            average, deviation, *_ = evaluate(agent, env, args.eval_episodes).values()
             print(f"{args.env_id}: return {average:.2f} +- {deviation:.2f} over {args.eval_episodes} episodes")
             if args.capture_video:
                 folder = Path(args.evaluate if os.path.isdir(args.evaluate) else Path(args.evaluate).parent, "videos")

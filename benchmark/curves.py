@@ -93,7 +93,7 @@ def read_run(folder: Path) -> Curve:
     named = RUN_FOLDER.fullmatch(folder.name)
     try:
         args = json.loads((folder / "args.json").read_text())
-        env_id, seed, exp_name = args["env_id"], args["seed"], args.get("exp_name", "")
+        env_id, seed, exp_name = str(args["env_id"]), int(args["seed"]), str(args.get("exp_name", ""))
     except FileNotFoundError:
         if not named:
             raise UserError(f"{folder}: has no args.json and is not named ENV__SEED") from None
@@ -143,7 +143,8 @@ def read_curves(paths: list[str]) -> list[Curve]:
                 curve.label = os.path.basename(common)
         same = seen.setdefault((curve.label, curve.env_id, curve.seed), curve)
         if same is not curve:
-            raise UserError(f"{same.path} and {curve.path}: both are seed {curve.seed} of {curve.label}; leave one out")
+            both = f"both are seed {curve.seed} of {curve.label}; LABEL=PATH names a run"
+            raise UserError(f"{same.path} and {curve.path}: {both}")
     return curves
 
 

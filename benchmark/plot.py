@@ -197,6 +197,8 @@ def plot_run(curve: Curve):
     """Every column of one run on a page; a column NAME_std becomes the band around NAME_mean."""
     names = [name for name in curve.columns if name != "step" and not name.endswith("_std")]
     names = [name for name in names if np.isfinite(curve[name]).any()]
+    if not names:
+        raise UserError(f"{curve.path}: its progress.csv has nothing to draw")
     figure, panels = make_panels(len(names), height=2.2)
     for panel, name in zip(panels, names, strict=True):
         values = curve[name]

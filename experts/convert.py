@@ -155,9 +155,11 @@ def without_module(env_id: str) -> str:
     return env_id
 
 
-def convert(source: str, out: Path, env_id: str | None, num_episodes: int) -> None:
+def convert(source: str, out: Path, env_id: str | None, num_episodes: int | None) -> None:
     if out.suffix not in ((".pt", ".npz") if source.endswith(".pkl") else (".npz",)) or out.exists():
         raise Failure(2, f"{out}: must be a new .npz file, or for an expert of CS285 a new .pt file")
+    if num_episodes is not None and source.startswith("minari:") | source.endswith(".pkl"):
+        raise Failure(2, f"{source}: is converted whole, --episodes is for policies")
     args = Args(env_id=env_id)
     if source.startswith("minari:"):
         with one_line(source):
@@ -191,6 +193,7 @@ def convert(source: str, out: Path, env_id: str | None, num_episodes: int) -> No
         env = make_env(args)
         actor = load_policy(path, args, env)
         low, high = np.float32(env.spaces["action_low"]), np.float32(env.spaces["action_high"])
+        num_episodes = 16 if num_episodes is None else num_episodes
         episodes = [rollout(actor.mean_action, env, seed) for seed in range(num_episodes)]
         for episode in episodes:
             episode["actions"] = (low + high) / 2 + (high - low) / 2 * episode["actions"]
@@ -214,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="a .pkl of CS285, minari:DATASET-ID, a policy.pt or a run folder")
     parser.add_argument("out", type=Path, help="a new .pt or .npz file")
     parser.add_argument("--env-id", help="where the file does not say it")
-    parser.add_argument("--episodes", type=int, default=16, help="demonstrated episodes of a policy")
+    parser.add_argument("--episodes", type=int, help="demonstrated episodes of a policy (default: 16)")
     args = parser.parse_args(argv)
     sys.path.append(os.getcwd())  # --env-id module:Env-v0 finds a module there
     try:

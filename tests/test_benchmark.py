@@ -392,6 +392,9 @@ def test_runs_are_found_and_named(results, tmp_path):
     assert (one.label, one.env_id, one.seed) == ("bare", "Hopper-v4", 5)
     with pytest.raises(UserError, match="both are seed 1"):
         curves.read_curves([f"us={results / 'plain'}", f"us={results / 'better'}"])
+    write_run(tmp_path / "odd/Hopper-v4__1", 3, "one", [1.0])
+    with pytest.raises(UserError, match="cannot be read"):
+        curves.read_curves([str(tmp_path / "odd")])
 
 
 def test_every_result_of_the_repository_can_be_read():
@@ -514,6 +517,9 @@ def test_a_single_run_has_a_page_of_its_own(results, tmp_path):
     run("plot", results / "plain/Hopper-v4__1", "--out", tmp_path / "one.svg", "--column", "wall_time_s")
     text = (tmp_path / "one.svg").read_text()
     assert ">wall time s<" in text and ">eval return mean<" not in text
+    (results / "plain/Hopper-v4__1/progress.csv").write_text("step,wall_time_s\n1000,nan\n")
+    result = run("plot", results / "plain/Hopper-v4__1", "--out", tmp_path / "two.svg", code=2)
+    assert "nothing to draw" in result.stderr
 
 
 def test_the_command_that_a_run_prints_needs_the_scripts_requirements_alone(results, tmp_path):

@@ -200,7 +200,7 @@ def to_npz(tmp_path, content, env_id="Tiny-v0"):
     source, out = tmp_path / "d.pkl", tmp_path / "out.npz"
     source.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     out.unlink(missing_ok=True)
-    convert.convert(str(source), out, env_id, 1)
+    convert.convert(str(source), out, env_id, None)
     with np.load(out) as file:
         return dict(file)
 
@@ -327,7 +327,7 @@ def test_every_byte_of_a_pickle_flipped_is_refused_or_read(tmp_path):
 def to_policy(tmp_path, content, env_id="Odd-v0"):
     out = tmp_path / "e.pt"
     out.unlink(missing_ok=True)
-    convert.convert(write_pickle(tmp_path / "e.pkl", content), out, env_id, 1)
+    convert.convert(write_pickle(tmp_path / "e.pkl", content), out, env_id, None)
     return out
 
 
@@ -434,6 +434,12 @@ def test_minari(tmp_path, minari_episodes, capsys):
     assert convert.main(["minari:pendulum/test-v0", str(other), "--env-id", "MountainCarContinuous-v0"]) == 2
     assert "it is of Pendulum-v1, not of MountainCarContinuous-v0" in the_error(capsys)
     assert not other.exists()
+
+
+@pytest.mark.parametrize("source", ["minari:pendulum/test-v0", "expert_data.pkl"])
+def test_only_a_policy_is_asked_for_a_number_of_episodes(source, tmp_path, capsys):
+    assert convert.main([source, str(tmp_path / "d.npz"), "--env-id", "Tiny-v0", "--episodes", "5"]) == 2
+    assert "--episodes is for policies" in the_error(capsys)
 
 
 def test_without_minari_one_line(tmp_path, monkeypatch, capsys):

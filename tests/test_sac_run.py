@@ -794,9 +794,16 @@ def test_a_policy_file_that_fits_nothing(tmp_path, capsys):
 
 
 def test_a_policy_of_nan_is_not_passed_off_as_a_result(tmp_path, capsys):
-    random_policy(tmp_path / "policy.pt", state_dict=NAN)
-    assert sac.main(["--evaluate", str(tmp_path / "policy.pt")]) in (1, 2)
-    error_line(capsys)
+    random_policy(tmp_path / "policy.pt", state_dict=NAN, env_kwargs='{"strict": true}')
+    assert sac.main(["--evaluate", str(tmp_path / "policy.pt")]) == 2
+    assert "weights" in error_line(capsys)
+
+
+def test_a_fault_of_the_environment_is_not_blamed_on_the_policy(tmp_path):
+    random_policy(tmp_path / "policy.pt")
+    with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(envs.Tiny, "step", lambda self, action: 1 / 0)
+        sac.main(["--evaluate", str(tmp_path / "policy.pt")])
 
 
 def test_evaluate_takes_no_training_settings(tmp_path, capsys):
