@@ -58,7 +58,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions the replay buffer holds
     gamma: float = 0.99  # discount factor
     actor_lr: float = 3e-4  # Adam's learning rate for the actor
-    critic_lr: float = 3e-4  # Adam's learning rate for the critics and the value network
+    critic_lr: float = 1e-3  # Adam's learning rate for the critics and the value network (2018b: 3e-4)
     temperature_lr: float = 3e-4  # Adam's learning rate for the learned temperature
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: every learning rate falls to zero at total-steps
     temperature: float | Literal["auto"] = "auto"  # weight of the entropy: auto (learned), or fixed; 0: no bonus
