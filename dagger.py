@@ -58,8 +58,8 @@ class Args:
     buffer_size: int = 1_000_000  # labelled steps the data set holds; the oldest leave first
     batch_size: int = 256  # labelled steps in a batch, drawn without replacement
     learning_rate: float = 3e-3  # Adam's
-    lr_schedule: Literal["constant", "linear"] = "linear"  # linear: the learning rate falls to zero over the run
-    loss: Literal["nll", "mse"] = "nll"  # negative log-likelihood, or squared error of the mean action
+    lr_schedule: Literal["constant", "linear"] = "linear"  # linear: in each iteration it falls to zero again
+    loss: Literal["nll", "mse"] = "mse"  # negative log-likelihood, or squared error of the mean action
     hidden_size: int = 256  # units of a hidden layer
     num_layers: int = 3  # hidden layers
     activation: Literal["relu", "tanh", "leaky-relu", "selu", "silu"] = "relu"  # non-linearity of the hidden layers
@@ -237,12 +237,12 @@ def train(args: Args) -> None:
             bar.set_description("training")
             device_obs, device_action = ((obs - mean) / std).to(args.device), action.to(args.device)
             indices = batches(len(obs), args.batch_size, iteration, args.seed)
-            for index in itertools.islice(indices, args.train_steps_per_iteration):
+            for i, index in enumerate(itertools.islice(indices, args.train_steps_per_iteration)):
                 loss, reported = bc_loss(learner, device_obs[index], device_action[index], args.loss)
                 optimizer.zero_grad()
                 loss.backward()
                 if args.lr_schedule == "linear":
-                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / total)
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - i / args.train_steps_per_iteration)
                 optimizer.step()
                 losses.append(reported)
                 step += 1

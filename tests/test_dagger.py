@@ -38,7 +38,7 @@ import envs  # noqa: F401, registers Tiny-v0
 
 SMALL = "--num-iterations 4 --train-steps-per-iteration 20 --rollout-steps 30 --batch-size 10 --hidden-size 16"
 SMALL += " --eval-episodes 2 --log-every 10 --torch-threads 1"
-AS_BC = "--learning-rate 1e-3 --lr-schedule constant"
+AS_BC = "--learning-rate 1e-3 --lr-schedule constant --loss nll"
 
 
 @pytest.fixture
