@@ -14,7 +14,7 @@ OWN_WORDING = {
     "sac_continuous.py bc.py": OF_EACH | OF_SAC | {"Args.eval_every"},
     "sac_continuous.py dagger.py": OF_EACH | OF_SAC | {"Args.video_every", "Args.buffer_size", "Args.lr_schedule"},
     "bc.py dagger.py": OF_EACH
-    | {"Args.video_every", "Args.expert_data", "Args.learning_rate"}
+    | {"Args.video_every", "Args.expert_data", "Args.learning_rate", "Args.loss"}
     | {"batches", "DEMONSTRATIONS", "BATCHES", "EVALUATION"},
 }
 
