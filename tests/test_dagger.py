@@ -166,6 +166,13 @@ def test_the_buffer_bounds_what_is_trained_on_and_the_oldest_leave_first(buffer_
     assert np.array_equal(first, demonstrations()["actions"][-buffer_size:])
 
 
+def test_the_learning_rate_falls_to_zero_in_each_iteration(tmp_path, small, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: [rates.append(self.param_groups[0]["lr"]), step(self)])
+    assert run(dagger, f"{small} --learning-rate 0.1", tmp_path / "run") == 0
+    assert rates == pytest.approx(4 * [0.1 * (20 - i) / 20 for i in range(20)])
+
+
 # ----------------------------------------------------------------------------------------------- what DAgger is about
 def test_a_clone_drifts_where_dagger_does_not(tmp_path):
     expert = linear_expert(tmp_path / "expert.pt", [[-2.0]], "Drift-v0")
